@@ -1,0 +1,1 @@
+"""The agent: starts kernels beside a container engine and relays their channels."""

@@ -1,0 +1,358 @@
+"""What gateway, agent and relay say to each other: messages, their encoding, their version. No I/O.
+
+Three conversations, all msgpack inside ZeroMQ frames:
+
+* **Heartbeat** (agent's DEALER → gateway's ROUTER, port 5001): one frame, a `Beat`; answered by one
+  frame, a `BeatReply`.
+* **RPC** (gateway → agent, through the relay's port): `[RPC, request id, request]`, answered by
+  `[RPC, request id, reply]`, where the reply is the request's `Reply` type or a `Failure`.
+* **Channels** (gateway ⇄ relay, the same port): the frames of `pack_*`/`KernelMessage` below.
+
+Used by both packages; imports nothing of either but `exceptions`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, ClassVar
+
+import msgspec
+
+from sorna_jupyter import exceptions
+from sorna_jupyter.exceptions import SornaError
+
+VERSION = 1
+"""Raised when the other side could no longer understand us."""
+
+
+# -- values that several messages carry ------------------------------------------------------
+
+
+class KernelStatus(enum.StrEnum):
+    """A kernel's life: `preparing → running ⇄ restarting`, `running ⇄ lost`, any → `terminating →
+    terminated`, any → `dead`."""
+
+    PREPARING = "preparing"
+    RUNNING = "running"
+    RESTARTING = "restarting"
+    LOST = "lost"
+    TERMINATING = "terminating"
+    TERMINATED = "terminated"
+    DEAD = "dead"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (KernelStatus.TERMINATED, KernelStatus.DEAD)
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of everything that crosses: immutable, compared by value."""
+
+
+class Limits(Message, forbid_unknown_fields=True):
+    """What one kernel may use. None: the agent's default for its runtime."""
+
+    memory: int | None = None
+    """bytes"""
+    cpus: float | None = None
+    """cores; may be a fraction"""
+    pids: int | None = None
+    """processes and threads together"""
+    disk: int | None = None
+    """bytes of writable space (home and /tmp, each)"""
+
+
+class Slots(Message):
+    """What an agent has to give in all."""
+
+    cpus: float
+    memory: int
+    kernels: int
+
+
+class ImageState(enum.StrEnum):
+    MISSING = "missing"
+    BUILDING = "building"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class ImageStatus(Message):
+    """One image on one agent, with the kernelspec from its label `org.sorna.kernelspec`."""
+
+    name: str
+    """the kernelspec's name, e.g. `python3`"""
+    reference: str
+    """what the runtime calls it, e.g. `sorna-kernel-python:3f2a…`; the interpreter for `local`"""
+    state: ImageState
+    spec: dict[str, Any]
+    """kernel.json as nbformat/Jupyter know it: argv, display_name, language, interrupt_mode, …"""
+    digest: str = ""
+    progress: float = 0.0
+    """0..1 while building"""
+    message: str = ""
+    """what the build does now, or why it failed"""
+    logo: bytes = b""
+    """PNG, 64x64; empty where the image has none"""
+
+
+class KernelReport(Message):
+    """What an agent says of one kernel in each beat."""
+
+    kernel_id: str
+    status: KernelStatus
+    reason: str = ""
+    """dead: why. preparing: how far it is."""
+    execution_state: str = "starting"
+    """Jupyter's word: starting, idle, busy"""
+    last_activity: float = 0.0
+    """Unix time of the last tracked message"""
+    owner: str = ""
+
+
+# -- heartbeat -------------------------------------------------------------------------------
+
+
+class Beat(Message):
+    """Agent → gateway, every few seconds and at once when something changed."""
+
+    agent_id: str
+    version: int = VERSION
+    join_token: str
+    public_key: str
+    """Z85 Curve key of the relay's port; the beat's own socket must have proven it (ZAP User-Id)"""
+    addresses: list[str]
+    """where the relay listens, best first: `ipc://…` on the same host, `tcp://host:port`"""
+    host: str
+    """host name and boot id, so that a gateway knows which `ipc` addresses are its own host's"""
+    runtime: str
+    """`docker` or `local`"""
+    isolation: str
+    """one sentence on how far kernels are isolated"""
+    slots: Slots
+    images: list[ImageStatus]
+    kernels: list[KernelReport]
+
+
+class BeatReply(Message):
+    """Gateway → agent: what it must stop, or why it is not welcome."""
+
+    accepted: bool
+    reason: str = ""
+    destroy: list[str] = []
+    """ids of kernels that the registry does not know, or knows to be over"""
+
+
+# -- RPC -------------------------------------------------------------------------------------
+
+
+class KernelStarted(Message):
+    """A kernel answers: the content of its `kernel_info_reply`."""
+
+    kernel_info: dict[str, Any]
+
+
+class Done(Message):
+    """It is done, and there is nothing else to say."""
+
+
+class KernelLog(Message):
+    """What the kernel's process wrote to its own stdout and stderr, newest last."""
+
+    text: str
+
+
+class Request(Message, tag=True):
+    """What a gateway can ask of an agent; `Reply` is what comes back."""
+
+    Reply: ClassVar[type[Message]] = Done
+
+
+class CreateKernel(Request):
+    """Start a kernel and wait until it answers. Safe to repeat: the same id is the same kernel."""
+
+    Reply: ClassVar[type[Message]] = KernelStarted
+
+    kernel_id: str
+    image: str
+    """an `ImageStatus.name`"""
+    owner: str
+    env: dict[str, str] = {}
+    limits: Limits = Limits()
+    path: str = ""
+    """working directory, relative to the kernel's home"""
+    start_timeout: float = 60.0
+    """seconds from the container's start to its first kernel_info_reply; building is not counted"""
+
+
+class RestartKernel(Request):
+    """Same id, same environment, new process; clients stay attached."""
+
+    Reply: ClassVar[type[Message]] = KernelStarted
+
+    kernel_id: str
+    start_timeout: float = 60.0
+
+
+class InterruptKernel(Request):
+    """By `interrupt_request` on the control channel or by SIGINT, as the kernelspec says."""
+
+    kernel_id: str
+
+
+class DestroyKernel(Request):
+    """Stop it and remove what it had. Safe to repeat; an unknown id is already done."""
+
+    kernel_id: str
+
+
+class ReadKernelLog(Request):
+    Reply: ClassVar[type[Message]] = KernelLog
+
+    kernel_id: str
+    lines: int = 200
+
+
+class BuildImages(Request):
+    """Build what is missing of these (all, if empty); progress shows in the beats."""
+
+    names: list[str] = []
+
+
+class StopAgent(Request):
+    """Stop all kernels (unless told to keep them), then the agent itself."""
+
+    keep_kernels: bool = False
+
+
+AnyRequest = (
+    CreateKernel
+    | RestartKernel
+    | InterruptKernel
+    | DestroyKernel
+    | ReadKernelLog
+    | BuildImages
+    | StopAgent
+)
+
+
+class Failure(Message, tag="Failure"):
+    """The agent could not: the name of a `SornaError` and its message."""
+
+    error: str
+    message: str
+
+    @classmethod
+    def of(cls, error: SornaError) -> Failure:
+        return cls(error=type(error).__name__, message=error.message)
+
+    def exception(self) -> SornaError:
+        """The error to raise on the gateway's side; an unknown name becomes `SornaError`."""
+        kind = getattr(exceptions, self.error, SornaError)
+        error = SornaError(self.message)
+        if isinstance(kind, type) and issubclass(kind, SornaError):
+            # Not kind(message): some constructors take the data that made the message.
+            error = kind.__new__(kind)
+            Exception.__init__(error, self.message)
+        return error
+
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+_request_decoder: msgspec.msgpack.Decoder[AnyRequest] = msgspec.msgpack.Decoder(AnyRequest)
+
+
+def decode_request(data: bytes) -> AnyRequest:
+    """Raises `msgspec.DecodeError` (a `ValueError`) for what is not a request."""
+    return _request_decoder.decode(data)
+
+
+def decode_beat(data: bytes) -> Beat:
+    return msgspec.msgpack.decode(data, type=Beat)
+
+
+def decode_beat_reply(data: bytes) -> BeatReply:
+    return msgspec.msgpack.decode(data, type=BeatReply)
+
+
+OK, FAILED = b"+", b"-"
+
+
+def encode_reply(reply: Message | SornaError) -> list[bytes]:
+    """Two frames: whether it went well, and the reply or `Failure`."""
+    if isinstance(reply, SornaError):
+        return [FAILED, encode(Failure.of(reply))]
+    return [OK, encode(reply)]
+
+
+def decode_reply(request: Request, frames: list[bytes]) -> Message:
+    """The reply to `request`; raises the `SornaError` that the agent sent instead."""
+    verdict, data = frames
+    if verdict != OK:
+        raise msgspec.msgpack.decode(data, type=Failure).exception()
+    return msgspec.msgpack.decode(data, type=request.Reply)
+
+
+# -- channels --------------------------------------------------------------------------------
+#
+# First frame: what it is. Kernel ids and session ids are utf-8; the four JSON parts of a Jupyter
+# message and its buffers travel as they came, without identities and signature: the relay holds
+# the kernel's key, strips on the way out and signs on the way in.
+
+RPC = b"R"
+"""[RPC, request id, request] → [RPC, request id, verdict, reply]"""
+OPEN = b"O"
+"""[OPEN, kernel id, session id]: connect shell, control and stdin sockets for this client session.
+Safe to repeat."""
+CLOSE = b"C"
+"""[CLOSE, kernel id, session id]"""
+SUBSCRIBE = b"S"
+"""[SUBSCRIBE, kernel id, from seq]: send me what leaves this kernel from this number on (8 bytes,
+big-endian; 0: from now on)."""
+UNSUBSCRIBE = b"U"
+"""[UNSUBSCRIBE, kernel id]"""
+MESSAGE = b"M"
+"""To the kernel: [MESSAGE, kernel id, session id, channel, header, parent, metadata, content,
+*buffers]. From it: [MESSAGE, kernel id, seq, session id (empty: iopub), channel, header, …]."""
+GAP = b"G"
+"""[GAP, kernel id, first seq lost, last seq lost]: fell out of the journal before it was read."""
+
+CHANNELS = (b"shell", b"control", b"stdin", b"iopub")
+
+
+class KernelMessage:
+    """One message on its way from a kernel to its clients.
+
+    `parts` are header, parent header, metadata, content (JSON as the kernel wrote it) and buffers.
+    `session` is the client session that it answers; empty on iopub, which everyone gets.
+    """
+
+    __slots__ = ("channel", "kernel_id", "parts", "seq", "session")
+
+    def __init__(
+        self, kernel_id: str, seq: int, session: str, channel: str, parts: list[bytes]
+    ) -> None:
+        self.kernel_id = kernel_id
+        self.seq = seq
+        self.session = session
+        self.channel = channel
+        self.parts = parts
+
+    @classmethod
+    def from_frames(cls, frames: list[bytes]) -> KernelMessage:
+        _, kernel_id, seq, session, channel, *parts = frames
+        return cls(
+            kernel_id.decode(), int.from_bytes(seq, "big"), session.decode(), channel.decode(), parts
+        )
+
+    @property
+    def msg_type(self) -> str:
+        return str(msgspec.json.decode(self.parts[0], type=_MsgType).msg_type)
+
+
+class _MsgType(msgspec.Struct):
+    msg_type: str = ""
+
+
+def pack_seq(seq: int) -> bytes:
+    return seq.to_bytes(8, "big")
