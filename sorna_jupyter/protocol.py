@@ -113,7 +113,7 @@ class KernelReport(Message):
 # -- heartbeat -------------------------------------------------------------------------------
 
 
-class Beat(Message):
+class Beat(Message, kw_only=True):
     """Agent → gateway, every few seconds and at once when something changed."""
 
     agent_id: str
