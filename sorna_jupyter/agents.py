@@ -1,0 +1,407 @@
+"""The gateway's side of its agents: hears their beats, asks them for things, carries channels.
+
+`HeartbeatListener` is the port that agents dial. `AgentPool` dials back to the relay's port of each
+agent: one explicit method a request, and `attach` for a client session's channels. What a beat
+means is decided by `kernels.Kernels`; nothing here knows the registry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from itertools import count
+from pathlib import Path
+from typing import TypeVar, cast
+
+import zmq
+import zmq.asyncio
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from sorna_jupyter import protocol
+from sorna_jupyter.exceptions import AgentUnreachable
+from sorna_jupyter.protocol import Beat, BeatReply, KernelMessage, Message, Request
+from sorna_jupyter.registry import AgentRow
+
+log = logging.getLogger(__name__)
+
+OnMessage = Callable[[KernelMessage], None]
+R = TypeVar("R", bound=Message)
+
+
+def host_name() -> str:
+    """Host name and boot id: equal only for processes that can share `ipc` sockets."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    boot = boot_id.read_text().strip() if boot_id.exists() else ""
+    return f"{socket.gethostname()}/{boot}"
+
+
+class KeyPair:
+    """A Curve key pair, Z85."""
+
+    def __init__(self, public: str, secret: str) -> None:
+        self.public = public
+        self.secret = secret
+
+    def secure(self, socket: zmq.Socket[bytes], server_key: str | None = None) -> None:
+        """Make `socket` speak Curve: as server, or as a client that pins `server_key`."""
+        socket.curve_publickey = self.public.encode()
+        socket.curve_secretkey = self.secret.encode()
+        if server_key is None:
+            socket.curve_server = True
+        else:
+            socket.curve_serverkey = server_key.encode()
+
+
+class HeartbeatListener:
+    """Port 5001: agents dial it with a `Beat` and get a `BeatReply`.
+
+    Any Curve key may connect; what it says is believed only with the join token, and only for the
+    public key that the connection has proven to hold (RFC 27 ZAP's User-Id).
+    """
+
+    def __init__(
+        self,
+        keys: KeyPair,
+        join_token: str,
+        endpoints: list[str],
+        on_beat: Callable[[Beat], Awaitable[BeatReply]],
+    ) -> None:
+        self._keys = keys
+        self._join_token = join_token
+        self._on_beat = on_beat
+        self._endpoints = endpoints
+        self._context = zmq.asyncio.Context()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.address = ""
+        """the tcp endpoint as bound, with its port"""
+
+    async def start(self) -> None:
+        """Raises `zmq.ZMQError` if an endpoint can't be bound."""
+        self._authenticator = AsyncioAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve(domain="*", location=zmq.auth.CURVE_ALLOW_ANY)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.maxmsgsize = 16 << 20
+        self._socket.zap_domain = b"beats"
+        self._keys.secure(cast("zmq.Socket[bytes]", self._socket))
+        for endpoint in self._endpoints:
+            self._socket.bind(endpoint)
+            if endpoint.startswith("tcp"):
+                self.address = self._socket.last_endpoint.decode().rstrip("\0")
+        self._loop = asyncio.create_task(self._listen(), name="heartbeat listener")
+
+    async def stop(self) -> None:
+        self._loop.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(self._loop, *self._tasks, return_exceptions=True)
+        self._socket.close()
+        self._authenticator.stop()
+        self._context.destroy(linger=0)
+
+    async def _listen(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            # A slow registry must not make the other agents' beats look late.
+            task = asyncio.create_task(self._answer(frames), name="beat")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, frames: list[zmq.Frame]) -> None:
+        if len(frames) != 2:
+            return
+        peer, data = frames
+        try:
+            reply = await self._judge(str(data.get("User-Id")), data.bytes)
+        except Exception:  # one beat's failure must not end the listener
+            log.exception("a beat could not be taken")
+            return
+        await self._socket.send_multipart([peer.bytes, protocol.encode(reply)])
+
+    async def _judge(self, proven_key: str, data: bytes) -> BeatReply:
+        try:
+            beat = protocol.decode_beat(data)
+        except ValueError as error:
+            return BeatReply(accepted=False, reason=f"not a beat of version {protocol.VERSION}: {error}")
+        if beat.version != protocol.VERSION:
+            return BeatReply(
+                accepted=False,
+                reason=f"this gateway speaks version {protocol.VERSION}, the agent {beat.version}: "
+                "install the same release on both",
+            )
+        if not _same_secret(beat.join_token, self._join_token):
+            return BeatReply(accepted=False, reason="wrong join token")
+        if beat.public_key != proven_key:
+            return BeatReply(accepted=False, reason="the beat names a key that it does not hold")
+        return await self._on_beat(beat)
+
+
+def _same_secret(one: str, other: str) -> bool:
+    import hmac
+
+    return hmac.compare_digest(one.encode(), other.encode())
+
+
+class Attachment:
+    """A client session on one kernel: sends on its channels until closed."""
+
+    def __init__(self, link: _AgentLink, kernel_id: str, session_id: str, on_message: OnMessage):
+        self._link = link
+        self.kernel_id = kernel_id
+        self.session_id = session_id
+        self.on_message = on_message
+
+    def send(self, channel: str, parts: list[bytes]) -> None:
+        """`parts`: header, parent header, metadata, content, buffers. Raises `AgentUnreachable`."""
+        self._link.send(
+            [
+                protocol.MESSAGE,
+                self.kernel_id.encode(),
+                self.session_id.encode(),
+                channel.encode(),
+                *parts,
+            ]
+        )
+
+    def close(self) -> None:
+        self._link.detach(self)
+
+
+class AgentPool:
+    """Every agent that this gateway has spoken to, one connection each."""
+
+    def __init__(self, keys: KeyPair, rpc_timeout: float = 30.0) -> None:
+        """`rpc_timeout`: seconds that an agent has for what should be quick."""
+        self._keys = keys
+        self._rpc_timeout = rpc_timeout
+        self._context = zmq.Context()
+        self._links: dict[str, _AgentLink] = {}
+
+    async def create_kernel(
+        self, agent: AgentRow, request: protocol.CreateKernel, timeout: float
+    ) -> protocol.KernelStarted:
+        """`timeout`: seconds, with the building of the image."""
+        return await self._ask(agent, request, protocol.KernelStarted, timeout)
+
+    async def restart_kernel(
+        self, agent: AgentRow, request: protocol.RestartKernel
+    ) -> protocol.KernelStarted:
+        timeout = request.start_timeout + self._rpc_timeout
+        return await self._ask(agent, request, protocol.KernelStarted, timeout)
+
+    async def interrupt_kernel(self, agent: AgentRow, kernel_id: str) -> None:
+        request = protocol.InterruptKernel(kernel_id=kernel_id)
+        await self._ask(agent, request, protocol.Done, self._rpc_timeout)
+
+    async def destroy_kernel(self, agent: AgentRow, kernel_id: str) -> None:
+        request = protocol.DestroyKernel(kernel_id=kernel_id)
+        await self._ask(agent, request, protocol.Done, self._rpc_timeout)
+
+    async def read_kernel_log(self, agent: AgentRow, kernel_id: str, lines: int) -> str:
+        request = protocol.ReadKernelLog(kernel_id=kernel_id, lines=lines)
+        return (await self._ask(agent, request, protocol.KernelLog, self._rpc_timeout)).text
+
+    async def build_images(self, agent: AgentRow, names: list[str]) -> None:
+        request = protocol.BuildImages(names=names)
+        await self._ask(agent, request, protocol.Done, self._rpc_timeout)
+
+    async def stop_agent(self, agent: AgentRow, *, keep_kernels: bool) -> None:
+        request = protocol.StopAgent(keep_kernels=keep_kernels)
+        await self._ask(agent, request, protocol.Done, self._rpc_timeout)
+
+    def attach(
+        self, agent: AgentRow, kernel_id: str, session_id: str, on_message: OnMessage
+    ) -> Attachment:
+        """`on_message` gets every iopub message of the kernel and this session's replies."""
+        return self._link(agent).attach(kernel_id, session_id, on_message)
+
+    def reopen(self, agent: AgentRow) -> None:
+        """The agent's relay is a new process: open there again what clients have open."""
+        if agent.id in self._links:
+            self._link(agent).reopen()
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        self._context.destroy(linger=0)
+
+    async def _ask(self, agent: AgentRow, request: Request, reply: type[R], timeout: float) -> R:
+        answer = await self._link(agent).ask(request, timeout)
+        assert isinstance(answer, reply)
+        return answer
+
+    def _link(self, agent: AgentRow) -> _AgentLink:
+        link = self._links.get(agent.id)
+        if link is None:
+            link = self._links[agent.id] = _AgentLink(self._context, self._keys, agent)
+        elif link.is_outdated(agent):
+            link.redial(agent)
+        return link
+
+
+class _AgentLink:
+    """One DEALER to one agent's port, drained from the event loop without a task a message."""
+
+    BATCH = 512
+    """messages taken in one pass, so that a flood of one kernel lets other work in between"""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair, agent: AgentRow):
+        self._context = context
+        self._keys = keys
+        self._loop = asyncio.get_running_loop()
+        self._ids = count(1)
+        self._asked: dict[bytes, asyncio.Future[list[bytes]]] = {}
+        self._attached: dict[str, list[Attachment]] = {}
+        self._drain_scheduled = False
+        self._dial(agent)
+
+    def _dial(self, agent: AgentRow) -> None:
+        self._agent = agent
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.rcvhwm = 0
+        self._socket.sndhwm = 100_000
+        self._socket.reconnect_ivl = 50
+        self._keys.secure(self._socket, agent.public_key)
+        self._socket.connect(_best_address(agent))
+        self._fd = self._socket.getsockopt(zmq.FD)
+        self._loop.add_reader(self._fd, self._drain)
+
+    def is_outdated(self, agent: AgentRow) -> bool:
+        mine = self._agent
+        return (mine.public_key, mine.addresses) != (agent.public_key, agent.addresses)
+
+    def redial(self, agent: AgentRow) -> None:
+        self._hang_up()
+        self._dial(agent)
+        self.reopen()
+
+    def close(self) -> None:
+        self._hang_up()
+        for future in self._asked.values():
+            future.cancel()
+
+    def _hang_up(self) -> None:
+        self._loop.remove_reader(self._fd)
+        self._socket.close()
+
+    # -- requests
+
+    async def ask(self, request: Request, timeout: float) -> Message:
+        request_id = next(self._ids).to_bytes(8, "big")
+        answered: asyncio.Future[list[bytes]] = self._loop.create_future()
+        self._asked[request_id] = answered
+        try:
+            self.send([protocol.RPC, request_id, protocol.encode(request)])
+            async with asyncio.timeout(timeout):
+                frames = await answered
+        except TimeoutError as error:
+            what = type(request).__name__
+            raise AgentUnreachable(
+                f"agent {self._agent.id} did not answer {what} within {timeout:g} s"
+            ) from error
+        finally:
+            del self._asked[request_id]
+        return protocol.decode_reply(request, frames)
+
+    # -- channels
+
+    def attach(self, kernel_id: str, session_id: str, on_message: OnMessage) -> Attachment:
+        attachment = Attachment(self, kernel_id, session_id, on_message)
+        others = self._attached.setdefault(kernel_id, [])
+        others.append(attachment)
+        if len(others) == 1:
+            self._subscribe(kernel_id)
+        self.send([protocol.OPEN, kernel_id.encode(), session_id.encode()])
+        return attachment
+
+    def detach(self, attachment: Attachment) -> None:
+        """Safe to repeat."""
+        kernel_id = attachment.kernel_id
+        attached = self._attached.get(kernel_id, [])
+        if attachment not in attached:
+            return
+        attached.remove(attachment)
+        try:
+            if all(other.session_id != attachment.session_id for other in attached):
+                self.send([protocol.CLOSE, kernel_id.encode(), attachment.session_id.encode()])
+            if not attached:
+                del self._attached[kernel_id]
+                self.send([protocol.UNSUBSCRIBE, kernel_id.encode()])
+        except AgentUnreachable:
+            log.debug("agent %s is away; it forgets its clients by itself", self._agent.id)
+
+    def reopen(self) -> None:
+        for kernel_id, attached in self._attached.items():
+            self._subscribe(kernel_id)
+            for session_id in {attachment.session_id for attachment in attached}:
+                self.send([protocol.OPEN, kernel_id.encode(), session_id.encode()])
+
+    def _subscribe(self, kernel_id: str) -> None:
+        self.send([protocol.SUBSCRIBE, kernel_id.encode(), protocol.pack_seq(0)])
+
+    # -- the socket
+
+    def send(self, frames: list[bytes]) -> None:
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise AgentUnreachable(f"agent {self._agent.id} does not take messages") from error
+        # Sending can use up the edge that the descriptor would have signalled.
+        self._schedule_drain()
+
+    def _schedule_drain(self) -> None:
+        if not self._drain_scheduled:
+            self._drain_scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._drain_scheduled = False
+        if self._socket.closed:
+            return
+        receive = self._socket.recv_multipart
+        for _ in range(self.BATCH):
+            try:
+                frames = receive(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._take(frames)
+            except Exception:  # one message's failure must not stop the others
+                log.exception("a message of agent %s could not be taken", self._agent.id)
+        self._schedule_drain()
+
+    def _take(self, frames: list[bytes]) -> None:
+        kind = frames[0]
+        if kind == protocol.MESSAGE:
+            message = KernelMessage.from_frames(frames)
+            for attachment in tuple(self._attached.get(message.kernel_id, ())):
+                if not message.session or message.session == attachment.session_id:
+                    attachment.on_message(message)
+        elif kind == protocol.RPC:
+            future = self._asked.get(frames[1])
+            if future is not None and not future.done():
+                future.set_result(frames[2:])
+        elif kind == protocol.GAP:
+            log.warning(
+                "output of kernel %s was lost at the agent: messages %d to %d",
+                frames[1].decode(),
+                int.from_bytes(frames[2], "big"),
+                int.from_bytes(frames[3], "big"),
+            )
+        else:
+            log.warning("agent %s sent something unknown: %r", self._agent.id, kind[:16])
+
+
+def _best_address(agent: AgentRow) -> str:
+    for address in agent.addresses:
+        if not address.startswith("ipc://"):
+            return address
+        if agent.host == host_name() and os.path.exists(address.removeprefix("ipc://")):
+            return address
+    raise AgentUnreachable(f"agent {agent.id} has no address that can be reached from here")
