@@ -1,0 +1,164 @@
+"""What every JSON route of ours has in common: errors, request bodies, who asks.
+
+One table says which error becomes which status. A body is read into a msgspec type, never into a
+dict of anything. The faces subclass `SornaAPIHandler` and hold no `try` of their own.
+"""
+
+from __future__ import annotations
+
+from http.client import responses
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+from jupyter_server.base.handlers import APIHandler
+from tornado import web
+
+from sorna_jupyter import exceptions as errors
+
+if TYPE_CHECKING:
+    from sorna_jupyter.kernels import Kernels
+    from sorna_jupyter.registry import Registry
+    from sorna_jupyter.runs import Runs
+
+T = TypeVar("T")
+
+STATUS_OF_ERROR: dict[type[errors.SornaError], int] = {
+    errors.InvalidRequest: 400,
+    errors.NotAllowed: 403,
+    errors.LimitExceeded: 403,
+    errors.AgentRefused: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.AlreadyRunning: 409,
+    errors.KernelStartFailed: 500,
+    # No Retry-After: someone has to build the image first.
+    errors.ImageUnavailable: 503,
+    errors.Unavailable: 503,
+    errors.SornaError: 500,
+}
+"""By class; a subclass that is not here has the status of its nearest ancestor."""
+
+MAX_BODY = 16 * 1024 * 1024
+
+
+def status_of(error: errors.SornaError) -> int:
+    return next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
+
+
+def decode_body(data: bytes, kind: type[T]) -> T:
+    """`data` as a `kind`; an empty body is `{}`. Raises `InvalidRequest` saying what and where."""
+    try:
+        return msgspec.json.decode(data.strip() or b"{}", type=kind)
+    except msgspec.ValidationError as error:
+        raise errors.InvalidRequest(f"Invalid request body: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise errors.InvalidRequest(f"Invalid JSON in body of request: {error}") from error
+
+
+@web.stream_request_body
+class SornaAPIHandler(APIHandler):
+    """Base of our JSON routes. Errors of `exceptions.py` may simply be raised.
+
+    Bodies are taken chunk by chunk, so that one that is too big is never held in memory: its
+    bytes are let go as they come, and whoever asks for the body then raises 413. (Answering
+    at once would reset the connection of a client that is still sending, before it read why.)
+    """
+
+    max_body = MAX_BODY
+    """bytes; the server's own limit is far above, because contents may be big"""
+
+    _chunks: list[bytes]
+    _received = 0
+
+    @property
+    def kernels(self) -> Kernels:
+        kernels: Kernels = self.settings["sorna_kernels"]
+        return kernels
+
+    @property
+    def runs(self) -> Runs:
+        runs: Runs = self.settings["sorna_runs"]
+        return runs
+
+    @property
+    def registry(self) -> Registry:
+        registry: Registry = self.settings["sorna_registry"]
+        return registry
+
+    @property
+    def username(self) -> str:
+        return str(self.current_user.username)
+
+    # -- request bodies ----------------------------------------------------------------------
+
+    def initialize(self, **kwargs: Any) -> None:
+        super().initialize(**kwargs)
+        self._chunks = []
+
+    async def prepare(self) -> None:  # type: ignore[override]  # as jupyter_server's own
+        await super().prepare()
+        announced = self.request.headers.get("Content-Length", "")
+        waits_for_a_go_ahead = self.request.headers.get("Expect", "").lower() == "100-continue"
+        if waits_for_a_go_ahead and announced.isdigit() and int(announced) > self.max_body:
+            raise self._too_large()
+
+    def data_received(self, chunk: bytes) -> None:
+        self._received += len(chunk)
+        if self._received <= self.max_body:
+            self._chunks.append(chunk)
+        else:
+            self._chunks.clear()
+
+    def body_bytes(self) -> bytes:
+        if self._received > self.max_body:
+            raise self._too_large()
+        return b"".join(self._chunks)
+
+    def body(self, kind: type[T]) -> T:
+        """The request's JSON body as a `kind`; an empty body is `{}`."""
+        return decode_body(self.body_bytes(), kind)
+
+    def get_json_body(self) -> dict[str, Any] | None:
+        """What jupyter_server's own handlers call where a face of ours builds on them."""
+        return decode_body(data, dict[str, Any]) if (data := self.body_bytes()) else None
+
+    def _too_large(self) -> web.HTTPError:
+        return web.HTTPError(413, f"The request's body is above {self.max_body} bytes")
+
+    # -- answers -----------------------------------------------------------------------------
+
+    def write_json(self, value: Any, status: int = 200) -> None:
+        """The whole answer: `value` (dicts, lists, msgspec types) as JSON."""
+        self.set_status(status)
+        self.finish(msgspec.json.encode(value))
+
+    def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
+        error = _error_of(kwargs)
+        if isinstance(error, errors.SornaError):
+            status_code = status_of(error)
+        super().send_error(status_code, **kwargs)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """`{"message", "reason"}`: the text for people, and the status in words. No traceback."""
+        error = _error_of(kwargs)
+        reason = responses.get(status_code, "Unknown HTTP error")
+        message = reason
+        if isinstance(error, errors.SornaError):
+            message = error.message
+            if isinstance(error, errors.Unavailable):
+                self.set_header("Retry-After", str(error.retry_after))
+        elif isinstance(error, web.HTTPError):
+            message = error.get_message() or reason
+            reason = error.reason or reason
+        self.finish(msgspec.json.encode({"message": message, "reason": reason}))
+
+    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
+        if isinstance(value, errors.SornaError):
+            self.log.debug("%s: %s", self._request_summary(), value.message)
+        else:
+            super().log_exception(typ, value, tb)
+
+
+def _error_of(kwargs: dict[str, Any]) -> BaseException | None:
+    exc_info = kwargs.get("exc_info")
+    return exc_info[1] if exc_info else None
