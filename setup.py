@@ -61,7 +61,7 @@ setup(
             "types-docker",
             "jupyterlab>=4.6",
             "jupyter_console>=6.6",
-            "jupyter_kernel_test>=0.8",
+            "jupyter_kernel_test>=0.7",
             "nbclient>=0.10",
             "nbconvert>=7.16",
             "papermill>=2.6",
