@@ -1,0 +1,449 @@
+"""`SornaApp`: the gateway as a jupyter_server extension. Builds the parts, starts and stops them.
+
+`jupyter sorna` starts it as the main app (`launch_instance`); Jupyter Server's own seams are set in
+`serverapp_config`, so that everything else of Jupyter (contents, UI, terminals) is the stock one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import zmq
+from jupyter_server.extension.application import ExtensionApp
+from jupyter_server.serverapp import ServerApp
+from jupyter_server.serverapp import flags as server_flags
+from traitlets import Bool, Enum, Float, Integer, Unicode, default
+from traitlets.config import Config
+
+from sorna_jupyter import __version__, places
+from sorna_jupyter.agents import AgentPool, HeartbeatListener, KeyPair
+from sorna_jupyter.console import ServerConsole
+from sorna_jupyter.embedded import AgentSettings, EmbeddedAgent
+from sorna_jupyter.exceptions import AlreadyRunning, SornaError, Unavailable
+from sorna_jupyter.faces import jupyter, rest
+from sorna_jupyter.http import parse_size
+from sorna_jupyter.kernels import Kernels
+from sorna_jupyter.live import LiveState, MemoryLive, RedisLive
+from sorna_jupyter.protocol import Beat, ImageState, Limits
+from sorna_jupyter.registry import Policy, Registry
+from sorna_jupyter.runs import Runs
+
+CONTENTS_SERVICES = ("contents", "files", "nbconvert", "view", "edit")
+MAX_WEBSOCKET_MESSAGE = 100 << 20
+
+flags: dict[str, Any] = {
+    "headless": (
+        {"SornaApp": {"headless": True}},
+        "Serve kernels only: no notebook UI, no contents, no terminals.",
+    ),
+    "keep-kernels": (
+        {"SornaApp": {"keep_kernels": True}},
+        "On Ctrl-C, leave kernels running for the next start.",
+    ),
+    "no-browser": server_flags["no-browser"],
+}
+aliases = {
+    "runtime": "SornaApp.runtime",
+    "data-dir": "SornaApp.data_dir",
+    "orphan-timeout": "SornaApp.orphan_timeout",
+    "base-image": "SornaApp.base_image",
+    "ip": "ServerApp.ip",
+    "port": "ServerApp.port",
+}
+
+
+class SornaApp(ExtensionApp):
+    """A Jupyter server whose kernels run in sandboxes and are shared with programs over REST."""
+
+    name = "sorna"
+    app_name = "Sorna Jupyter"
+    version = __version__
+    description = __doc__
+    load_other_extensions = True
+    extension_url = "/"
+    default_url = Unicode("/tree", config=True, help="Where `/` leads to.")
+    flags = flags
+    aliases = aliases
+    serverapp_config = {
+        "kernel_manager_class": "sorna_jupyter.jupyter_manager.SornaMappingKernelManager",
+        "kernel_spec_manager_class": "sorna_jupyter.jupyter_manager.SornaKernelSpecManager",
+        "session_manager_class": "sorna_jupyter.jupyter_manager.SornaSessionManager",
+        "kernel_websocket_connection_class": "sorna_jupyter.websocket.SornaWebsocketConnection",
+        "identity_provider_class": "sorna_jupyter.auth.SornaIdentityProvider",
+        "authorizer_class": "sorna_jupyter.auth.SornaAuthorizer",
+        # One URL is printed, by us.
+        "no_browser_open_file": True,
+        # Kernels never run as root, whoever the server runs as.
+        "allow_root": True,
+        # Ctrl-C means it.
+        "answer_yes": True,
+    }
+
+    # -- settings
+
+    data_dir = Unicode(
+        help="Directory for registry, keys and credentials. Default: `sorna` in Jupyter's data "
+        "directory. One gateway at a time can use it."
+    ).tag(config=True)
+    runtime_dir = Unicode(
+        help="Directory for sockets; its path must be short. Default: one of its own for each "
+        "data directory in XDG_RUNTIME_DIR or /tmp."
+    ).tag(config=True)
+    database_url = Unicode(
+        help="Registry, as an SQLAlchemy URL. Default: SQLite in the data directory."
+    ).tag(config=True)
+    redis_url = Unicode(
+        "", help="Live state, as a redis:// URL. Empty: in this process's memory."
+    ).tag(config=True)
+    headless = Bool(False, help="Serve kernels only: no UI, contents or terminals.").tag(
+        config=True
+    )
+    keep_kernels = Bool(
+        False, help="Leave kernels and their agent running when this server stops."
+    ).tag(config=True)
+    embedded_agent = Bool(
+        True, help="Run an agent on this machine. Off: wait for agents that join by themselves."
+    ).tag(config=True)
+    manager_address = Unicode(
+        "tcp://127.0.0.1:*",
+        help="Where agents join, as a ZeroMQ endpoint. Default: a free port on loopback, as the "
+        "embedded agent is the only one; `tcp://*:5001` lets others in.",
+    ).tag(config=True)
+    runtime = Enum(
+        ["auto", "docker", "local"],
+        default_value="auto",
+        help="How the embedded agent starts kernels: in Docker containers, or as local processes "
+        "of this user. auto: docker if an engine answers.",
+    ).tag(config=True)
+    base_image = Unicode(
+        "",
+        help="Image that the kernel images are built on. Default: what their Dockerfiles say "
+        "(python:3.12-slim).",
+    ).tag(config=True)
+    build_images = Bool(True, help="Build missing kernel images at start.").tag(config=True)
+    orphan_timeout = Float(
+        60,
+        help="Seconds that the embedded agent keeps kernels when the gateway was killed. A gateway "
+        "started meanwhile adopts them.",
+    ).tag(config=True)
+    start_timeout = Float(
+        60, help="Seconds from a kernel's process start to its first answer."
+    ).tag(config=True)
+    start_wait = Float(
+        10,
+        help="Seconds after which a request for a kernel is answered although the kernel is still "
+        "`starting`.",
+    ).tag(config=True)
+    image_timeout = Float(1800, help="Seconds that a kernel waits for its image.").tag(config=True)
+    lost_agent_timeout = Float(
+        15, help="Seconds of silence after which an agent and its kernels are lost."
+    ).tag(config=True)
+    lost_kernel_timeout = Float(
+        600, help="Seconds after which lost kernels are given up and their reservations freed."
+    ).tag(config=True)
+    idle_timeout = Float(
+        0,
+        help="Seconds after which an idle kernel without connections is stopped, unless its "
+        "request said another. 0: never.",
+    ).tag(config=True)
+    default_kernelspec = Unicode("python3", help="Kernel for requests that name none.").tag(
+        config=True
+    )
+    max_kernels = Integer(
+        0, help="Kernels that one user may have at a time. 0: as many as fit."
+    ).tag(config=True)
+    default_memory = Unicode("2 GiB", help="A kernel's memory.").tag(config=True)
+    default_cpus = Float(0, help="A kernel's cores. 0: all of its machine.").tag(config=True)
+    default_pids = Integer(256, help="A kernel's processes and threads together.").tag(config=True)
+    default_disk = Unicode(
+        "256 MiB", help="A kernel's writable space in its home and in /tmp, each."
+    ).tag(config=True)
+    max_memory = Unicode("", help="The most memory a request may ask for. Empty: no bound.").tag(
+        config=True
+    )
+    max_cpus = Float(0, help="The most cores a request may ask for. 0: no bound.").tag(config=True)
+    max_pids = Integer(4096, help="The most processes a request may ask for.").tag(config=True)
+    max_disk = Unicode("", help="The most disk a request may ask for. Empty: no bound.").tag(
+        config=True
+    )
+
+    @default("data_dir")
+    def _default_data_dir(self) -> str:
+        return str(places.data_dir())
+
+    @default("runtime_dir")
+    def _default_runtime_dir(self) -> str:
+        return str(places.runtime_dir(Path(self.data_dir)))
+
+    @default("database_url")
+    def _default_database_url(self) -> str:
+        return f"sqlite:///{Path(self.data_dir) / 'registry.sqlite'}"
+
+    @default("base_image")
+    def _default_base_image(self) -> str:
+        return os.environ.get("SORNA_BASE_IMAGE", "")
+
+    # -- jupyter_server's hooks, in the order in which they come
+
+    @classmethod
+    def launch_instance(cls, argv: list[str] | None = None, **kwargs: Any) -> None:
+        """`jupyter sorna …`"""
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        cls.load_other_extensions = "--headless" not in arguments
+        # Jupyter Server's own life cycle is of no interest here unless something is wrong.
+        super().launch_instance(["--ServerApp.log_level=WARNING", *arguments], **kwargs)
+
+    def _jupyter_server_config(self) -> Config:
+        config: dict[str, Any] = super()._jupyter_server_config()
+        server = config["ServerApp"]
+        assert self.serverapp is not None
+        server.setdefault("tornado_settings", {}).update(
+            {"websocket_max_message_size": MAX_WEBSOCKET_MESSAGE}
+            | dict(self.serverapp.tornado_settings)
+        )
+        if self.headless:
+            server["open_browser"] = False
+            server["terminals_enabled"] = False
+            server["default_services"] = tuple(
+                service
+                for service in self.serverapp.default_services
+                if service not in CONTENTS_SERVICES
+            )
+        # What the user asked for wins over what we would like.
+        own = self.serverapp.cli_config.get("ServerApp", {})
+        config["ServerApp"] = {k: v for k, v in server.items() if k not in own}
+        return Config(config)
+
+    def initialize_settings(self) -> None:
+        self._show_our_log()
+        data = places.make_private(Path(self.data_dir))
+        runtime = places.make_private(Path(self.runtime_dir))
+        try:
+            self._lock = _lock(data)
+        except AlreadyRunning as error:
+            self.log.critical("%s", error)
+            self.exit(1)
+        self.console = ServerConsole()
+        self.keys = _load_keys(data)
+        self.registry = Registry(self.database_url)
+        self.live: LiveState = RedisLive(self.redis_url) if self.redis_url else MemoryLive()
+        self.agents = AgentPool(self.keys)
+        self.kernels = Kernels(
+            registry=self.registry,
+            live=self.live,
+            agents=self.agents,
+            policy=self._policy(),
+            default_kernelspec=self.default_kernelspec,
+            start_timeout=self.start_timeout,
+            start_wait=self.start_wait,
+            image_timeout=self.image_timeout,
+            lost_agent_timeout=self.lost_agent_timeout,
+            lost_kernel_timeout=self.lost_kernel_timeout,
+            idle_timeout=self.idle_timeout or None,
+        )
+        self.kernels.on_beat = self._on_beat
+        self.runs = Runs(self.kernels)
+        self.listener = HeartbeatListener(
+            self.keys,
+            _load_join_token(data),
+            [self.manager_address, f"ipc://{runtime}/manager.sock"],
+            self.kernels.hear,
+        )
+        self.settings.update(
+            sorna_kernels=self.kernels,
+            sorna_runs=self.runs,
+            sorna_registry=self.registry,
+            sorna_headless=self.headless,
+        )
+        assert self.serverapp is not None
+        self.serverapp.kernel_manager.kernels = self.kernels
+        self.serverapp.kernel_spec_manager.kernels = self.kernels
+        self.serverapp.session_manager.registry = self.registry
+        self.serverapp.identity_provider.registry = self.registry
+        self.serverapp.authorizer.kernels = self.kernels
+        self.serverapp.authorizer.registry = self.registry
+
+    def initialize_handlers(self) -> None:
+        self.handlers.extend(jupyter.handlers(headless=self.headless))
+        self.handlers.extend(rest.handlers())
+
+    async def _start_jupyter_server_extension(self, serverapp: ServerApp) -> None:
+        try:
+            await self._start_parts(serverapp)
+        except (SornaError, OSError, zmq.ZMQError) as error:
+            self.log.critical("Sorna could not be started: %s", error)
+            serverapp.stop()
+
+    async def _start_parts(self, serverapp: ServerApp) -> None:
+        await self.registry.upgrade()
+        await self.registry.ensure_user(serverapp.identity_provider.local_user, is_admin=True)
+        await self.kernels.load()
+        await self.listener.start()
+        self._sweep = asyncio.create_task(self.kernels.sweep(), name="sweep")
+        self._embedded: EmbeddedAgent | None = None
+        if self.embedded_agent:
+            self._embedded = EmbeddedAgent(self._agent_settings())
+            self._embedded.start()
+        self._announce(serverapp)
+
+    async def stop_extension(self) -> None:
+        """In reverse order of start; kernels first, while there is still an agent to stop them."""
+        if not hasattr(self, "_lock"):
+            return
+        if hasattr(self, "_sweep"):
+            self._gateway_file.unlink(missing_ok=True)
+            self._sweep.cancel()
+            if self._embedded is not None:
+                await self._stop_agent(self._embedded)
+            await self.runs.close()
+            await self.kernels.close()
+            # The listener goes after the agent, so that a slow stop does not look like silence.
+            await self.listener.stop()
+        self.agents.close()
+        await self.live.close()
+        await self.registry.close()
+        self.console.close()
+        if not self.keep_kernels:
+            _remove_sockets(Path(self.runtime_dir))
+        self._lock.close()
+
+    async def _stop_agent(self, embedded: EmbeddedAgent) -> None:
+        if not self.keep_kernels:
+            for kernel in self.kernels.list():
+                try:
+                    await self.kernels.stop(kernel.id, "the server was stopped")
+                except SornaError as error:
+                    self.log.warning("kernel %s: %s", kernel.id, error)
+        for agent in self.kernels.agents():
+            try:
+                await self.agents.stop_agent(agent, keep_kernels=self.keep_kernels)
+            except Unavailable as error:
+                self.log.warning("%s", error)
+                if not self.keep_kernels:
+                    embedded.terminate()
+        if self.keep_kernels:
+            embedded.leave()
+        else:
+            if not self.kernels.joined.is_set():
+                embedded.terminate()
+            await embedded.stop()
+
+    # -- details
+
+    def _on_beat(self, beat: Beat) -> None:
+        self.console.show(beat)
+        missing = [i.name for i in beat.images if i.state is ImageState.MISSING]
+        if missing and self.build_images and not getattr(self, "_building", None):
+            agent = next(a for a in self.kernels.agents() if a.id == beat.agent_id)
+            self._building = asyncio.create_task(
+                self.agents.build_images(agent, missing), name="build images"
+            )
+            self._building.add_done_callback(self._built)
+
+    def _built(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self.log.warning("images: %s", error)
+
+    def _policy(self) -> Policy:
+        return Policy(
+            max_kernels=self.max_kernels or None,
+            default_limits=Limits(
+                memory=parse_size(self.default_memory),
+                cpus=self.default_cpus or None,
+                pids=self.default_pids,
+                disk=parse_size(self.default_disk),
+            ),
+            max_limits=Limits(
+                memory=parse_size(self.max_memory) if self.max_memory else None,
+                cpus=self.max_cpus or None,
+                pids=self.max_pids,
+                disk=parse_size(self.max_disk) if self.max_disk else None,
+            ),
+        )
+
+    def _agent_settings(self) -> AgentSettings:
+        data = Path(self.data_dir)
+        return AgentSettings(
+            data_dir=places.make_private(data / "agent"),
+            runtime_dir=Path(self.runtime_dir),
+            manager_address=f"ipc://{self.runtime_dir}/manager.sock",
+            manager_key=self.keys.public,
+            join_token_file=data / "keys" / "join_token",
+            runtime=self.runtime,
+            orphan_timeout=self.orphan_timeout,
+            more=("--base-image", self.base_image) if self.base_image else (),
+        )
+
+    def _announce(self, serverapp: ServerApp) -> None:
+        url = serverapp.connection_url
+        token = serverapp.identity_provider.token
+        self._gateway_file = Path(self.data_dir) / "gateway.json"
+        places.write_private(
+            self._gateway_file,
+            json.dumps({"url": url, "token": token, "pid": os.getpid(), "started": time.time()}),
+        )
+        path = "" if self.headless else self.default_url.lstrip("/")
+        self.console.welcome(f"{url}{path}?token={token}" if token else f"{url}{path}")
+
+    def _show_our_log(self) -> None:
+        """Our modules log under their own names; show that where Jupyter shows its own."""
+        assert self.serverapp is not None
+        ours = logging.getLogger("sorna_jupyter")
+        ours.setLevel(min(self.serverapp.log_level, logging.INFO))
+        for handler in self.serverapp.log.handlers:
+            if handler not in ours.handlers:
+                ours.addHandler(handler)
+
+
+def _lock(data: Path) -> Any:
+    """An open file that holds the data directory's lock. Raises `AlreadyRunning`."""
+    lock = open(data / "gateway.lock", "a")  # noqa: SIM115  # closed by stop_extension
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        where = ""
+        try:
+            where = f" at {json.loads((data / 'gateway.json').read_text())['url']}"
+        except (OSError, ValueError, KeyError):
+            pass  # it is only just starting
+        raise AlreadyRunning(
+            f"Sorna already runs{where} with the data directory {data}. Open that one, stop it "
+            "with Ctrl-C, or start another with --data-dir=DIRECTORY"
+        ) from None
+    return lock
+
+
+def _load_keys(data: Path) -> KeyPair:
+    file = places.make_private(data / "keys") / "gateway.json"
+    if not file.exists():
+        public, secret = (key.decode() for key in zmq.curve_keypair())
+        places.write_private(file, json.dumps({"public": public, "secret": secret}))
+    return KeyPair(**json.loads(file.read_text()))
+
+
+def _load_join_token(data: Path) -> str:
+    file = data / "keys" / "join_token"
+    if not file.exists():
+        places.write_private(file, secrets.token_urlsafe(32))
+    return file.read_text()
+
+
+def _remove_sockets(runtime: Path) -> None:
+    (runtime / "manager.sock").unlink(missing_ok=True)
+    try:
+        runtime.rmdir()
+    except OSError:
+        logging.getLogger(__name__).debug("%s is not empty", runtime)
+
+
+main = SornaApp.launch_instance

@@ -1,0 +1,158 @@
+"""The agent of a gateway that stands alone: a child process, started, watched and stopped here.
+
+The child outlives a gateway that is killed, so that the next one on the same data directory finds
+its kernels again: it keeps a lock there, and a second child ends at once with `ALREADY_RUNNING`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+ALREADY_RUNNING = 3
+"""exit status of an agent that found another on its data directory"""
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """What the child is started with; nothing secret, as anyone may read a command line."""
+
+    data_dir: Path
+    runtime_dir: Path
+    manager_address: str
+    manager_key: str
+    """Z85 public key of the gateway, for both directions"""
+    join_token_file: Path
+    runtime: str
+    orphan_timeout: float
+    more: tuple[str, ...] = ()
+    """further arguments, as they are"""
+
+    def argv(self) -> list[str]:
+        return [
+            *(sys.executable, "-m", "sorna_agent.app"),
+            *("--manager-addr", self.manager_address),
+            *("--manager-key", self.manager_key),
+            *("--gateway-key", self.manager_key),
+            *("--join-token-file", str(self.join_token_file)),
+            *("--data-dir", str(self.data_dir)),
+            *("--runtime-dir", str(self.runtime_dir)),
+            *("--runtime", self.runtime),
+            *("--orphan-timeout", f"{self.orphan_timeout:g}"),
+            *self.more,
+        ]
+
+
+class EmbeddedAgent:
+    """Keeps one agent process running until `stop`."""
+
+    RESTART_DELAY = 1.0
+    STOP_TIMEOUT = 30.0
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._settings = settings
+        self._process: asyncio.subprocess.Process | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """set if the agent can't be started at all: what it said"""
+
+    def start(self) -> None:
+        self._watcher = asyncio.create_task(self._keep_running(), name="embedded agent")
+
+    async def _keep_running(self) -> None:
+        quick_ends = 0
+        while True:
+            started = asyncio.get_running_loop().time()
+            # A session of its own: Ctrl-C in the terminal is for the gateway, which then stops
+            # the agent in its turn.
+            self._process = await asyncio.create_subprocess_exec(
+                *self._settings.argv(), stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            )
+            status = await self._process.wait()
+            if status == ALREADY_RUNNING:
+                log.info("the agent of an earlier start still runs: its kernels are adopted")
+                await self._other_agent_ends()
+                continue
+            quick = asyncio.get_running_loop().time() - started < 10
+            quick_ends = quick_ends + 1 if quick else 0
+            log.error("the agent ended with status %s; starting it again", status)
+            if quick_ends >= 3 and not self.failure.done():
+                self.failure.set_result(f"the agent ends at once, with status {status}")
+            await asyncio.sleep(self.RESTART_DELAY * 2 ** min(quick_ends, 5))
+
+    async def _other_agent_ends(self) -> None:
+        pid = self._other_pid()
+        if pid is None:
+            return
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+
+    def _other_pid(self) -> int | None:
+        """Whoever holds the agent's lock wrote its process id there."""
+        try:
+            return int((self._settings.data_dir / "lock").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def leave(self) -> None:
+        """Stop watching, and let the agent run on."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def stop(self) -> None:
+        """Returns when the process is gone; it was asked to end before (`AgentPool.stop_agent`)."""
+        self.leave()
+        process = self._process
+        pid = process.pid if process and process.returncode is None else self._other_pid()
+        if pid is None:
+            return
+        if not await _ends(pid, self.STOP_TIMEOUT):
+            log.warning("the agent did not stop within %g s; it is killed", self.STOP_TIMEOUT)
+            os.kill(pid, signal.SIGKILL)
+        if process is not None:
+            await process.wait()
+
+    def terminate(self) -> None:
+        """For an agent that could not be asked: SIGTERM stops it and its kernels as well."""
+        pid = self._process.pid if self._process else self._other_pid()
+        if pid is not None:
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                return
+
+
+async def _ends(pid: int, timeout: float) -> bool:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
+    try:
+        async with asyncio.timeout(timeout):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+    return True
