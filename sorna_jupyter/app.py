@@ -29,11 +29,10 @@ from sorna_jupyter.agents import AgentPool, HeartbeatListener, KeyPair
 from sorna_jupyter.console import ServerConsole
 from sorna_jupyter.embedded import AgentSettings, EmbeddedAgent
 from sorna_jupyter.exceptions import AlreadyRunning, SornaError, Unavailable
-from sorna_jupyter.faces import jupyter, rest
-from sorna_jupyter.http import parse_size
+from sorna_jupyter.faces import jupyter, operations, rest
 from sorna_jupyter.kernels import Kernels
 from sorna_jupyter.live import LiveState, MemoryLive, RedisLive
-from sorna_jupyter.protocol import Beat, ImageState, Limits
+from sorna_jupyter.protocol import Beat, ImageState, Limits, parse_size
 from sorna_jupyter.registry import Policy, Registry
 from sorna_jupyter.runs import Runs
 
@@ -275,6 +274,7 @@ class SornaApp(ExtensionApp):
     def initialize_handlers(self) -> None:
         self.handlers.extend(jupyter.handlers(headless=self.headless))
         self.handlers.extend(rest.handlers())
+        self.handlers.extend(operations.handlers())
 
     async def _start_jupyter_server_extension(self, serverapp: ServerApp) -> None:
         try:

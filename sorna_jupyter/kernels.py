@@ -235,6 +235,11 @@ class Kernels:
             return self._default_kernelspec
         return next(iter(specs))
 
+    async def build_images(self) -> None:
+        """Ask every agent to build what it lacks; progress shows in `kernelspecs`."""
+        for agent in list(self._agent_rows.values()):
+            await self._agents.build_images(agent, [])
+
     # -- kernels
 
     async def start(

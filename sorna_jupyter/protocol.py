@@ -14,12 +14,13 @@ Used by both packages; imports nothing of either but `exceptions`.
 from __future__ import annotations
 
 import enum
+import re
 from typing import Any, ClassVar
 
 import msgspec
 
 from sorna_jupyter import exceptions
-from sorna_jupyter.exceptions import SornaError
+from sorna_jupyter.exceptions import InvalidRequest, SornaError
 
 VERSION = 1
 """Raised when the other side could no longer understand us."""
@@ -60,6 +61,21 @@ class Limits(Message, forbid_unknown_fields=True):
     """processes and threads together"""
     disk: int | None = None
     """bytes of writable space (home and /tmp, each)"""
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of `512m`, `"1.5 GiB"` or a plain number; units are powers of 1024.
+
+    Raises `InvalidRequest`.
+    """
+    match = _SIZE.fullmatch(str(size))
+    if match is None:
+        raise InvalidRequest(f"not a size: {size!r}; write bytes, or e.g. 512 MiB")
+    number, unit = match.groups()
+    return int(float(number) * 1024 ** " kmgt".index(unit.lower() or " "))
 
 
 class Slots(Message):
@@ -132,6 +148,9 @@ class Beat(Message, kw_only=True):
     slots: Slots
     images: list[ImageStatus]
     kernels: list[KernelReport]
+    relay_started: float = 0.0
+    """Unix time; when it changes, the relay is a new process: sessions and subscriptions are to be
+    opened again, and sequence numbers begin anew"""
 
 
 class BeatReply(Message):
@@ -220,7 +239,11 @@ class BuildImages(Request):
 
 
 class StopAgent(Request):
-    """Stop all kernels (unless told to keep them), then the agent itself."""
+    """Stop all kernels, then the agent itself; the reply comes when the kernels are gone.
+
+    With `keep_kernels`: the gateway goes, everything here runs on, and silence is not counted
+    (orphan timeout) until a gateway accepts a beat again.
+    """
 
     keep_kernels: bool = False
 

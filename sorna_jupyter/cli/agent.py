@@ -1,0 +1,9 @@
+"""`jupyter sorna agent`: an agent on this machine, for a gateway elsewhere."""
+
+from __future__ import annotations
+
+
+def main(argv: list[str]) -> int:
+    from sorna_agent.app import main as run_agent
+
+    return int(run_agent(argv) or 0)
