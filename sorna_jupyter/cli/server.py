@@ -1,0 +1,37 @@
+"""What the subcommands that talk to a server share: which one, and how failures are told."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+
+from sorna_jupyter.exceptions import SornaError
+from sorna_jupyter.remote import credentials
+from sorna_jupyter.remote.server import Server
+
+
+def add_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", help="which server; else SORNA_URL, the one on this machine, or the last login"
+    )
+
+
+def server_of(arguments: argparse.Namespace) -> Server:
+    """Raises `NotAllowed` saying what to type."""
+    return Server(*credentials.choose(arguments.url))
+
+
+def reporting(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """An error of ours ends a command with one sentence and status 1."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str]) -> int:
+        try:
+            return main(argv)
+        except SornaError as error:
+            print(f"jupyter sorna: {error}", file=sys.stderr)
+            return 1
+
+    return wrapped
