@@ -7,10 +7,12 @@ work. Used by `agent`; `docker.py` and `local.py` are the runtimes there are.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -129,13 +131,19 @@ class Runtime(ABC):
 
     @abstractmethod
     async def destroy(self, kernel_id: str) -> None:
-        """Kill it and remove all it had. Safe to repeat; an unknown id is already done."""
+        """Kill it and remove all it had. Safe to repeat; an unknown id is already done.
+
+        Raises RuntimeUnavailable while the engine is away; it is then done when that is back.
+        """
 
     @abstractmethod
     async def adopt(self, launches: dict[str, Launch]) -> dict[str, Started]:
-        """Which of these kernels of an earlier agent process still run; they are ours from now on.
+        """Which of these kernels of an earlier agent process still run.
 
-        The rest of them, and whatever else carries this agent's id, is destroyed.
+        All of them are ours from now on: for each that died meanwhile `on_death` is called with
+        the reason before this returns, and `destroy` removes what it left. What else carries this
+        agent's id is destroyed. While the engine is away all count as running; deaths are then
+        reported when it is back.
         """
 
     @abstractmethod
@@ -246,6 +254,24 @@ def write_connection_file(launch: Launch, ip: str, kernel_name: str) -> Path:
     return path
 
 
+def death_reason(
+    exit_code: int, *, out_of_memory: bool = False, memory: int | None = None, last_line: str = ""
+) -> str:
+    """Why a process ended, in words. Its exit code as a shell tells it: 128 + n is signal n."""
+    number = exit_code - 128
+    if out_of_memory and number == signal.SIGKILL:
+        limit = f" (limit {memory >> 20} MiB)" if memory else ""
+        return f"killed: out of memory{limit}"
+    if number > 0:
+        try:
+            return f"killed by signal {number} ({signal.Signals(number).name})"
+        except ValueError:
+            pass  # an ordinary, large exit code
+    if exit_code == 0 or not last_line:
+        return f"exit code {exit_code}"
+    return f"exit code {exit_code}: {last_line[:500]}"
+
+
 def remove_sockets(directory: Path) -> None:
     """Before a new process binds the same names."""
     for port in PORTS.values():
@@ -257,4 +283,11 @@ def remove_directory(directory: Path) -> None:
     if directory.is_symlink():
         directory.unlink()
         return
+    # An unreadable folder would stop rmtree where we are not root.
+    for parent, folders, _ in os.walk(directory):
+        for folder in folders:
+            path = os.path.join(parent, folder)
+            if not os.path.islink(path):
+                with contextlib.suppress(OSError):
+                    os.chmod(path, 0o700)
     shutil.rmtree(directory, ignore_errors=True)
