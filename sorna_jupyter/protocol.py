@@ -348,9 +348,10 @@ class KernelMessage:
 
     `parts` are header, parent header, metadata, content (JSON as the kernel wrote it) and buffers.
     `session` is the client session that it answers; empty on iopub, which everyone gets.
+    `encoded` is the websockets' own: frames already made of it, by framing.
     """
 
-    __slots__ = ("channel", "kernel_id", "parts", "seq", "session")
+    __slots__ = ("channel", "encoded", "kernel_id", "parts", "seq", "session")
 
     def __init__(
         self, kernel_id: str, seq: int, session: str, channel: str, parts: list[bytes]
@@ -360,12 +361,17 @@ class KernelMessage:
         self.session = session
         self.channel = channel
         self.parts = parts
+        self.encoded: dict[Any, bytes | str] | None = None
 
     @classmethod
     def from_frames(cls, frames: list[bytes]) -> KernelMessage:
         _, kernel_id, seq, session, channel, *parts = frames
         return cls(
-            kernel_id.decode(), int.from_bytes(seq, "big"), session.decode(), channel.decode(), parts
+            kernel_id.decode(),
+            int.from_bytes(seq, "big"),
+            session.decode(),
+            channel.decode(),
+            parts,
         )
 
     @property

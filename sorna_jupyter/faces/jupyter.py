@@ -1,0 +1,420 @@
+"""Jupyter's own REST and websocket routes: kernels, kernelspecs, sessions.
+
+They stand before jupyter_server's, and differ from them where those lack something (env, limits,
+a client's own id, `Idempotency-Key`) or answer a wrong request with 500. Paths, status codes and
+models are the stock ones: each front-end depends on some detail of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.multikernelmanager import DuplicateKernelError
+from jupyter_server.auth.decorator import allow_unauthenticated, authorized
+from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
+from jupyter_server.utils import url_escape, url_path_join
+from tornado import web
+
+from sorna_jupyter.exceptions import InvalidRequest, UnknownKernelspec
+from sorna_jupyter.http import SornaAPIHandler
+from sorna_jupyter.jupyter_manager import (
+    SornaSessionManager,
+    checked_kernel_id,
+    checked_path,
+    kernel_model,
+    kernelspec_model,
+)
+from sorna_jupyter.protocol import ImageStatus, Limits, parse_size
+
+MAX_ENV_VALUE = 128 * 1024
+"""bytes: what Linux takes for one variable"""
+
+
+def handlers(*, headless: bool = False) -> list[tuple[Any, ...]]:
+    routes: list[tuple[Any, ...]] = [
+        (r"/api/kernels", KernelsHandler),
+        (r"/api/kernels/(?P<kernel_id>[^/]+)", KernelHandler),
+        (r"/api/kernels/(?P<kernel_id>[^/]+)/(?P<action>interrupt|restart)", KernelActionHandler),
+        (r"/api/kernels/(?P<kernel_id>[^/]+)/channels", KernelChannelsHandler),
+        (r"/api/kernelspecs", KernelSpecsHandler),
+        (r"/api/kernelspecs/(?P<kernel_name>[^/]+)", KernelSpecHandler),
+        (r"/kernelspecs/(?P<kernel_name>[^/]+)/(?P<path>.*)", KernelSpecResourceHandler),
+        (r"/api/sessions", SessionsHandler),
+        (r"/api/sessions/(?P<session_id>[^/]+)", SessionHandler),
+        (r"/hub/api", NoHubHandler),
+    ]
+    if headless:
+        routes.append((r"/tree", TreePageHandler))
+    return routes
+
+
+# -- request bodies --------------------------------------------------------------------------
+
+
+class LimitsBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Sizes in bytes, or as people write them: `"512m"`, `"1 GiB"`."""
+
+    memory: int | str | None = None
+    cpus: float | None = None
+    pids: int | None = None
+    disk: int | str | None = None
+
+    def limits(self) -> Limits:
+        limits = Limits(
+            memory=_size(self.memory), cpus=self.cpus, pids=self.pids, disk=_size(self.disk)
+        )
+        for name in limits.__struct_fields__:
+            value = getattr(limits, name)
+            if value is not None and not 0 < value < 2**63:
+                raise InvalidRequest(f"The limit {name} must be positive, not {value}")
+        return limits
+
+
+class KernelBody(msgspec.Struct):
+    """What `POST /api/kernels` reads. Other fields are ignored: clients send their own."""
+
+    name: str | None = None
+    path: str | None = None
+    id: str | None = None
+    kernel_id: str | None = None
+    env: dict[str, str] | None = None
+    limits: LimitsBody | None = None
+    idle_timeout: float | None = None
+
+
+class SessionKernelBody(msgspec.Struct):
+    id: str | None = None
+    name: str | None = None
+
+
+class NotebookBody(msgspec.Struct):
+    """What sessions were called before 2015; some clients still say it."""
+
+    path: str | None = None
+    name: str | None = None
+
+
+class SessionBody(msgspec.Struct):
+    path: str | None = None
+    name: str | None = None
+    type: str | None = None
+    kernel: SessionKernelBody | None = None
+    notebook: NotebookBody | None = None
+
+    def __post_init__(self) -> None:
+        if self.notebook is not None:
+            self.type = "notebook"
+            self.path = self.notebook.path or self.notebook.name or self.path
+
+
+def kernel_env(env: dict[str, str], username: str) -> dict[str, str]:
+    """What may go into a kernel's environment. Raises `InvalidRequest`.
+
+    `KERNEL_USERNAME` is only a claim, and gateways before this one believed it.
+    """
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise InvalidRequest(f"{name[:80]!r} can't be an environment variable")
+        if len(value.encode("utf-8", "replace")) > MAX_ENV_VALUE:
+            raise InvalidRequest(f"The environment variable {name[:80]} is above {MAX_ENV_VALUE}")
+    return {
+        name: value for name, value in env.items() if name != "KERNEL_USERNAME" or value == username
+    }
+
+
+def _size(size: int | str | None) -> int | None:
+    try:
+        return parse_size(size) if isinstance(size, str) else size
+    except OverflowError as error:
+        raise InvalidRequest(f"not a size: {str(size)[:40]!r}") from error
+
+
+# -- kernels ---------------------------------------------------------------------------------
+
+
+class KernelsHandler(SornaAPIHandler):
+    auth_resource = "kernels"
+
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        """Never 403 for a user who may log in: VS Code and `--gateway-url` would give up."""
+        self.write_json([kernel_model(k) for k in self.kernels.list(self.username)])
+
+    @web.authenticated
+    @authorized
+    async def post(self) -> None:
+        body = self.body(KernelBody)
+        env = kernel_env(body.env or {}, self.username)
+        # GatewayClient can't send an id of its own; Enterprise Gateway's clients put it here.
+        kernel_id = body.kernel_id or body.id or env.get("KERNEL_ID")
+        kernel = await self.kernels.start(
+            owner=self.username,
+            name=body.name or None,
+            kernel_id=checked_kernel_id(kernel_id) if kernel_id else None,
+            env=env,
+            path=checked_path(body.path),
+            limits=body.limits.limits() if body.limits else Limits(),
+            idle_timeout=_positive("idle_timeout", body.idle_timeout),
+            idempotency_key=self.request.headers.get("Idempotency-Key"),
+        )
+        self.set_header("Location", url_path_join(self.base_url, "api/kernels", kernel.id))
+        self.write_json(kernel_model(kernel), 201)
+
+
+class KernelHandler(SornaAPIHandler):
+    auth_resource = "kernels"
+
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_id: str) -> None:
+        self.write_json(kernel_model(self.kernels.get(kernel_id)))
+
+    @web.authenticated
+    @authorized
+    async def delete(self, kernel_id: str) -> None:
+        await self.kernels.stop(kernel_id)
+        self.set_status(204)
+        self.finish()
+
+
+class KernelActionHandler(SornaAPIHandler):
+    auth_resource = "kernels"
+
+    @web.authenticated
+    @authorized
+    async def post(self, kernel_id: str, action: str) -> None:
+        """Bodies are ignored: some clients send `{}`, some nothing, some no JSON at all."""
+        self.kernels.get(kernel_id)
+        if action == "interrupt":
+            await self.kernels.interrupt(kernel_id)
+            self.set_status(204)
+            self.finish()
+        else:
+            await self.kernels.restart(kernel_id)
+            self.write_json(kernel_model(self.kernels.get(kernel_id)))
+
+
+class KernelChannelsHandler(KernelWebsocketHandler):
+    """The stock one with clearer refusals; the work is `websocket.SornaWebsocketConnection`'s."""
+
+    MAX_SESSION_ID = 200
+    """bytes; ZeroMQ takes no routing id above 255"""
+
+    async def pre_get(self) -> None:
+        session_id = self.get_argument("session_id", "")
+        if len(session_id.encode("utf-8", "replace")) > self.MAX_SESSION_ID or "\0" in session_id:
+            raise web.HTTPError(400, "The session_id is too long, or contains NUL")
+        await super().pre_get()
+
+    def on_close(self) -> None:
+        # A handshake that failed half-way has no connection.
+        if self.connection is not None:
+            super().on_close()
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """JSON, as on the REST routes: no browser shows a failed handshake's page."""
+        SornaAPIHandler.write_error(self, status_code, **kwargs)
+
+
+# -- kernelspecs -----------------------------------------------------------------------------
+
+
+class _KernelSpecs(SornaAPIHandler):
+    auth_resource = "kernelspecs"
+
+    def image(self, name: str) -> ImageStatus:
+        images = self.kernels.kernelspecs()
+        if name not in images:
+            raise UnknownKernelspec(name, sorted(images))
+        return images[name]
+
+    def write_spec(self, name: str) -> None:
+        self.write_json(kernelspec_model(self.image(name), self.base_url))
+
+
+class KernelSpecsHandler(_KernelSpecs):
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        """`?user=` is Enterprise Gateway's filter, which means nothing here: specs are the same
+        for everyone. But jupyter_server's GatewayClient has a bug that puts the name of a single
+        spec behind it, `?user=carol/python3`, and then wants that spec alone."""
+        _, slash, name = self.get_query_argument("user", "").rpartition("/")
+        if slash:
+            self.write_spec(name)
+            return
+        self.write_json(
+            {
+                "default": self.kernels.default_kernelspec(),
+                "kernelspecs": {
+                    name: kernelspec_model(image, self.base_url)
+                    for name, image in self.kernels.kernelspecs().items()
+                },
+            }
+        )
+
+
+class KernelSpecHandler(_KernelSpecs):
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_name: str) -> None:
+        self.write_spec(kernel_name)
+
+
+class KernelSpecResourceHandler(_KernelSpecs):
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_name: str, path: str) -> None:
+        logo = self.image(kernel_name).logo
+        if path != "logo-64x64.png" or not logo:
+            raise web.HTTPError(404, f"The kernelspec {kernel_name} has no {path}")
+        self.set_header("Cache-Control", f"max-age={24 * 3600}")
+        self.finish(logo, set_content_type="image/png")
+
+    @web.authenticated
+    @authorized
+    async def head(self, kernel_name: str, path: str) -> None:
+        await self.get(kernel_name, path)
+
+
+# -- sessions --------------------------------------------------------------------------------
+
+
+class _Sessions(SornaAPIHandler):
+    auth_resource = "sessions"
+
+    @property
+    def sessions(self) -> SornaSessionManager:
+        manager: SornaSessionManager = self.session_manager
+        return manager
+
+    def write_no_such_kernel(self, name: str) -> None:
+        """501 and these two fields are what JupyterLab's dialog is made from."""
+        self.log.info("unknown kernelspec %r", name)
+        message = (
+            f"The {name!r} kernel is not available. Please pick another suitable kernel instead, "
+            "or install that kernel."
+        )
+        self.write_json({"message": message, "short_message": f"{name} not found"}, 501)
+
+
+class SessionsHandler(_Sessions):
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        self.write_json(await self.sessions.list_sessions())
+
+    @web.authenticated
+    @authorized
+    async def post(self) -> None:
+        """A path that has a session already gets that one, also with 201."""
+        if not self.body_bytes().strip():
+            raise InvalidRequest("No JSON data provided")
+        body = self.body(SessionBody)
+        kernel = body.kernel or SessionKernelBody()
+        for field in ("path", "type"):
+            if getattr(body, field) is None:
+                raise InvalidRequest(f"Missing field in JSON data: {field}")
+        try:
+            model = await self.sessions.get_or_create_session(
+                path=body.path or "",
+                name=body.name,
+                type=body.type,
+                kernel_name=kernel.name or None,
+                kernel_id=kernel.id or None,
+            )
+        except NoSuchKernel as error:
+            self.write_no_such_kernel(error.name)
+            return
+        except DuplicateKernelError as error:
+            raise web.HTTPError(409, str(error)) from error
+        location = url_path_join(self.base_url, "api/sessions", url_escape(model["id"]))
+        self.set_header("Location", location)
+        self.write_json(model, 201)
+
+
+class SessionHandler(_Sessions):
+    @web.authenticated
+    @authorized
+    async def get(self, session_id: str) -> None:
+        self.write_json(await self.sessions.get_session(session_id=session_id))
+
+    @web.authenticated
+    @authorized
+    async def patch(self, session_id: str) -> None:
+        """`kernel.id` moves the session to that kernel, `kernel.name` to a new one; either way
+        the kernel that it leaves is stopped."""
+        if not self.body_bytes().strip():
+            raise InvalidRequest("No JSON data provided")
+        body = self.body(SessionBody)
+        before = await self.sessions.get_session(session_id=session_id)
+        changes = {
+            field: value
+            for field in ("path", "name", "type")
+            if (value := getattr(body, field)) is not None
+        }
+        if body.kernel is not None:
+            try:
+                changes |= await self._change_kernel(before, body.kernel)
+            except NoSuchKernel as error:
+                self.write_no_such_kernel(error.name)
+                return
+        await self.sessions.update_session(session_id, **changes)
+        if changes.get("kernel_id", before["kernel"]["id"]) != before["kernel"]["id"]:
+            await self.kernel_manager.shutdown_kernel(before["kernel"]["id"])
+        self.write_json(await self.sessions.get_session(session_id=session_id))
+
+    async def _change_kernel(
+        self, before: dict[str, Any], wanted: SessionKernelBody
+    ) -> dict[str, str]:
+        if wanted.id is not None:
+            if wanted.id not in self.kernel_manager:
+                raise InvalidRequest(f"No such kernel: {wanted.id}")
+            return {"kernel_id": wanted.id}
+        if wanted.name is None:
+            return {}
+        kernel_id = await self.sessions.start_kernel_for_session(
+            before["id"], before["path"], before["name"], before["type"], wanted.name
+        )
+        return {"kernel_id": kernel_id}
+
+    @web.authenticated
+    @authorized
+    async def delete(self, session_id: str) -> None:
+        await self.sessions.delete_session(session_id)
+        self.set_status(204)
+        self.finish()
+
+
+# -- pages that clients look for -------------------------------------------------------------
+
+
+class NoHubHandler(SornaAPIHandler):
+    """VS Code asks it first: 200 would mean JupyterHub."""
+
+    @allow_unauthenticated
+    def get(self) -> None:
+        raise web.HTTPError(404, "This is no JupyterHub")
+
+
+class TreePageHandler(SornaAPIHandler):
+    """VS Code takes anything but 200 here for "needs a password"."""
+
+    auth_resource = "api"
+
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        self.finish(
+            "<!doctype html><title>Sorna Jupyter</title><p>This server serves kernels only.",
+            set_content_type="text/html",
+        )
+
+
+def _positive(name: str, value: float | None) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
+        raise InvalidRequest(f"{name} must be a positive number of seconds, not {value}")
+    return value

@@ -1,0 +1,362 @@
+"""One websocket on one kernel: frames in both framings, carried to `Kernels.attach` and back.
+
+jupyter_server's `kernel_websocket_connection_class`. Parts of messages pass through as bytes; what
+is made up here is only what no kernel can say: that it died, and an answer to
+`kernel_info_request` while it is busy. Nothing is dropped for being too fast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, ClassVar
+from uuid import uuid4
+from weakref import WeakSet
+
+import msgspec
+from jupyter_server.services.kernels.connection.base import BaseKernelWebsocketConnection
+from tornado.iostream import IOStream, StreamClosedError
+from traitlets import Integer
+
+from sorna_jupyter.exceptions import SornaError
+from sorna_jupyter.jupyter_manager import SornaMappingKernelManager
+from sorna_jupyter.kernels import Kernel
+from sorna_jupyter.protocol import KernelMessage, KernelStatus
+from sorna_jupyter.wire import (
+    JSON_PARTS,
+    UNSUPPORTED_DATA,
+    Framing,
+    Header,
+    MalformedFrame,
+    framing_of,
+    read_header,
+)
+
+TO_KERNEL = frozenset(("shell", "control", "stdin"))
+
+GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER = 1001, 1008, 1013
+
+TEXT, BINARY = 0x81, 0x82
+"""a websocket frame's first byte: final, and what it carries"""
+
+
+class SornaWebsocketConnection(BaseKernelWebsocketConnection):
+    """What a front-end's websocket does, from its opening to its close."""
+
+    max_unsent_bytes = Integer(
+        1 << 30,
+        help="Bytes that may wait for a client that reads slower than its kernel writes. Above "
+        "it the websocket is closed with a reason; the kernel and its other clients go on.",
+    ).tag(config=True)
+    proxy_message_limit = Integer(
+        10 * 1024 * 1024,
+        help="Bytes of the largest message for a jupyter_server that proxies kernels with "
+        "--gateway-url: its websocket client closes on anything larger, and the output is lost.",
+    ).tag(config=True)
+
+    _open: ClassVar[WeakSet[SornaWebsocketConnection]] = WeakSet()
+    _by_session: ClassVar[dict[tuple[str, str], SornaWebsocketConnection]] = {}
+
+    _attachment: Any = None
+    _framing: Framing
+    _stream: IOStream
+    _is_proxy = False
+    _unsent = 0
+
+    multi_kernel_manager: SornaMappingKernelManager
+
+    # -- jupyter_server's hooks
+
+    async def connect(self) -> None:
+        """Called once the handshake is done; nothing is read from the client before it returns."""
+        handler = self.websocket_handler
+        # Without it each answer waits for the client's delayed acknowledgement: 40 ms.
+        handler.set_nodelay(True)
+        self._stream = handler.ws_connection.stream
+        self._framing = framing_of(handler.selected_subprotocol)
+        self._is_proxy = handler.selected_subprotocol is None and is_proxy(
+            handler.request.headers.get("User-Agent", "")
+        )
+        self._replace_older()
+        self._open.add(self)
+        try:
+            # TODO(journal): with cursors this becomes "from the last message this session got",
+            # and `_write` grants credit as the client drains.
+            self._attachment = self.multi_kernel_manager.kernels.attach(
+                self.kernel_id, self.session_id, self, counts=True
+            )
+        except SornaError as error:
+            # It ended between the handshake and now.
+            self._tell_death(f"{error.message}\n")
+            return
+        if self.kernel.status is KernelStatus.PREPARING:
+            self._say("iopub", "status", {"execution_state": "starting"})
+
+    def disconnect(self) -> None:
+        """Called when the client is gone; safe to repeat. Not a coroutine: nobody awaits it."""
+        self._open.discard(self)
+        key = (self.kernel_id, self.session_id)
+        if self._by_session.get(key) is self:
+            del self._by_session[key]
+        if self._attachment is not None:
+            self._attachment.close()
+            self._attachment = None
+
+    @classmethod
+    async def close_all(cls) -> None:
+        """Called when the server stops: clients see 1001 and come back to its next start."""
+        for connection in list(cls._open):
+            connection._close(GOING_AWAY, "the server is stopping")
+
+    def handle_incoming_message(self, incoming_msg: bytes | str) -> None:
+        try:
+            channel, parts = self._framing.decode(incoming_msg)
+            header = read_header(parts[0])
+            if channel not in TO_KERNEL:
+                raise MalformedFrame(f"No messages can be sent on {channel!r}", UNSUPPORTED_DATA)
+        except MalformedFrame as error:
+            self.log.warning("kernel %s: %s; closing the websocket", self.kernel_id, error.message)
+            self._close(error.close_code, error.message)
+            return
+        allowed = self.multi_kernel_manager.allowed_message_types
+        if allowed and header.msg_type not in allowed:
+            self.log.warning("kernel %s: %r is not allowed", self.kernel_id, header.msg_type)
+        elif self._knows_the_answer(channel, header):
+            self._answer_kernel_info(channel, parts[0])
+        elif self._attachment is not None:
+            self._send(channel, parts)
+
+    def _send(self, channel: str, parts: list[bytes]) -> None:
+        try:
+            self._attachment.send(channel, parts)
+        except SornaError as error:
+            # The client comes back, and then it is told how the kernel is.
+            self.log.warning("kernel %s: %s", self.kernel_id, error.message)
+            self._close(TRY_AGAIN_LATER, error.message)
+
+    # -- `Listener`
+
+    def on_kernel_message(self, message: KernelMessage) -> None:
+        channel, parts = message.channel, message.parts
+        if channel == "iopub" and not self.multi_kernel_manager.allow_tracebacks:
+            parts = self._without_traceback(parts)
+        elif not self._is_proxy:
+            self._write(self._encoded(message))
+            return
+        self._write_parts(channel, parts)
+
+    def on_kernel_event(self, kernel: Kernel) -> None:
+        match kernel.status:
+            case KernelStatus.DEAD:
+                self._tell_death(f"The kernel died: {kernel.reason}\n")
+            case KernelStatus.TERMINATED:
+                self._tell_death(f"The kernel was stopped: {kernel.reason}\n")
+            case KernelStatus.LOST:
+                self._say_stderr(f"The kernel is out of reach: {kernel.reason}\n")
+            case KernelStatus.RESTARTING if kernel.execution_state == "autorestarting":
+                # Only a restart that nobody asked for: on a manual one, front-ends wait for
+                # the REST call's answer and would take this for another restart.
+                self._say("iopub", "status", {"execution_state": "restarting"})
+
+    def _tell_death(self, note: str) -> None:
+        """The socket stays open, as everywhere: front-ends close it when they have shown it."""
+        self._say_stderr(note)
+        self._say("iopub", "status", {"execution_state": "dead"})
+        if self._attachment is not None:
+            self._attachment.close()
+            self._attachment = None
+
+    # -- messages of our own
+
+    @property
+    def kernel(self) -> Kernel:
+        kernel: Kernel = self.kernel_manager.kernel
+        return kernel
+
+    def _knows_the_answer(self, channel: str, header: Header) -> bool:
+        """Front-ends hold back everything until their kernel_info_request is answered, which a
+        busy kernel does only when its cell is done."""
+        return (
+            header.msg_type == "kernel_info_request"
+            and channel == "shell"
+            and header.subshell_id is None
+            and self.kernel.status is KernelStatus.RUNNING
+            and self.kernel.execution_state == "busy"
+            and self.kernel.kernel_info is not None
+        )
+
+    def _answer_kernel_info(self, channel: str, parent: bytes) -> None:
+        info = {"status": "ok", **(self.kernel.kernel_info or {})}
+        self._say("iopub", "status", {"execution_state": "busy"}, parent)
+        self._say(channel, "kernel_info_reply", info, parent)
+        # `idle` is what ends the request in a client's eyes; the last word is the truth.
+        self._say("iopub", "status", {"execution_state": "idle"}, parent)
+        self._say("iopub", "status", {"execution_state": "busy"}, parent)
+
+    def _say_stderr(self, text: str, parent: bytes = b"{}") -> None:
+        self._say("iopub", "stream", {"name": "stderr", "text": text}, parent)
+
+    def _say(
+        self, channel: str, msg_type: str, content: dict[str, Any], parent: bytes = b"{}"
+    ) -> None:
+        self._write(self._framing.encode(channel, _message(msg_type, content, parent)))
+
+    # -- on the wire
+
+    def _encoded(self, message: KernelMessage) -> bytes | str | None:
+        """The frame, made once for all sockets of the same framing."""
+        if message.encoded is None:
+            message.encoded = {}
+        frame = message.encoded.get(self._framing)
+        if frame is None:
+            try:
+                frame = self._framing.encode(message.channel, message.parts)
+            except MalformedFrame as error:
+                self.log.warning("kernel %s: %s", self.kernel_id, error.message)
+                return None
+            message.encoded[self._framing] = frame
+        return frame
+
+    def _write_parts(self, channel: str, parts: list[bytes]) -> None:
+        """For the few sockets that can't get the same frame as all others."""
+        try:
+            if self._is_proxy and (note := self._unfit_for_proxy(parts)):
+                self._say_stderr(note, parts[1])
+                parts = self._reduced(channel, parts)
+                if not parts:
+                    return
+            frame = self._framing.encode(channel, parts)
+        except MalformedFrame as error:
+            self.log.warning("kernel %s: %s", self.kernel_id, error.message)
+        else:
+            self._write(frame)
+
+    def _unfit_for_proxy(self, parts: list[bytes]) -> str:
+        """Why a jupyter_server with --gateway-url can't take this message; empty if it can.
+
+        On a binary frame its reader ends for good, without an error; above 10 MiB its client
+        closes the socket.
+        """
+        advice = (
+            "Connect to this server directly, or read it over REST: "
+            f"POST {self.websocket_handler.base_url}api/kernels/{self.kernel_id}/execute\n"
+        )
+        size = sum(map(len, parts))
+        if self._too_big(parts[:JSON_PARTS]):
+            return (
+                f"[An output of {size / 2**20:.1f} MiB was left out: --gateway-url carries no "
+                f"more than {self.proxy_message_limit / 2**20:.0f} MiB. {advice[:-1]}]\n"
+            )
+        if len(parts) > JSON_PARTS:
+            return (
+                "[Binary buffers were left out: --gateway-url can't carry them, so widgets that "
+                f"need them stay empty. {advice[:-1]}]\n"
+            )
+        return ""
+
+    def _too_big(self, parts: list[bytes]) -> bool:
+        envelope = 4096  # what the framing adds, and the names that stand there twice
+        return sum(map(len, parts)) + envelope > self.proxy_message_limit
+
+    def _reduced(self, channel: str, parts: list[bytes]) -> list[bytes]:
+        parts = parts[:JSON_PARTS]
+        if not self._too_big(parts):
+            return parts
+        if channel == "iopub":
+            return []
+        # Someone waits for this reply.
+        error = {"status": "error", "ename": "MessageTooLarge", "evalue": "", "traceback": []}
+        return [*parts[:3], msgspec.json.encode(error)]
+
+    def _without_traceback(self, parts: list[bytes]) -> list[bytes]:
+        """For servers that set `allow_tracebacks = False`."""
+        try:
+            if read_header(parts[0]).msg_type != "error":
+                return parts
+        except MalformedFrame:
+            return parts
+        content = {
+            "ename": "ExecutionError",
+            "evalue": "Execution error",
+            "traceback": [self.multi_kernel_manager.traceback_replacement_message],
+        }
+        return [*parts[:3], msgspec.json.encode(content), *parts[JSON_PARTS:]]
+
+    def _write(self, frame: bytes | str | None) -> None:
+        """Straight to the stream: `write_message` would start a task for every message."""
+        handler = self.websocket_handler
+        if frame is None or handler.ws_connection is None or handler.ws_connection.is_closing():
+            return
+        if handler.get_compression_options() is not None:
+            handler.write_message(frame, binary=isinstance(frame, bytes))
+            return
+        data = websocket_frame(frame)
+        try:
+            written = self._stream.write(data)
+        except StreamClosedError:
+            return  # `disconnect` comes
+        if not written.done():
+            self._unsent += len(data)
+            written.add_done_callback(partial(self._drained, len(data)))
+            if self._unsent > self.max_unsent_bytes:
+                self._give_up()
+
+    def _drained(self, size: int, written: asyncio.Future[None]) -> None:
+        self._unsent -= size
+        if not written.cancelled():
+            written.exception()  # a closed stream: `disconnect` tells it
+
+    def _give_up(self) -> None:
+        reason = f"the client left {self._unsent >> 20} MiB unread"
+        self.log.warning("kernel %s: %s; closing its websocket", self.kernel_id, reason)
+        self.disconnect()
+        self._close(POLICY_VIOLATION, reason)
+
+    def _close(self, code: int, reason: str) -> None:
+        # A close frame has room for 123 bytes of reason.
+        self.websocket_handler.close(code, reason.encode()[:120].decode(errors="ignore"))
+
+    def _replace_older(self) -> None:
+        """A client that lost its connection is back before we noticed: the old socket goes.
+
+        Its attachment is closed first, and the new one opened after it: both have the same
+        session at the relay.
+        """
+        key = (self.kernel_id, self.session_id)
+        older = self._by_session.get(key)
+        self._by_session[key] = self
+        if older is not None:
+            self.log.info("kernel %s: session %s is back", self.kernel_id, self.session_id)
+            older.disconnect()
+            older._close(GOING_AWAY, "replaced by a newer websocket of the same session")
+
+
+def is_proxy(user_agent: str) -> bool:
+    """Whether this may be jupyter_server's own client for `--gateway-url`."""
+    return user_agent.startswith("Tornado/")
+
+
+def websocket_frame(payload: bytes | str) -> bytes:
+    """A server's whole websocket frame (RFC 6455): text for `str`, binary for `bytes`."""
+    first = TEXT if isinstance(payload, str) else BINARY
+    data = payload.encode() if isinstance(payload, str) else payload
+    size = len(data)
+    if size < 126:
+        return struct.pack("!BB", first, size) + data
+    if size < 1 << 16:
+        return struct.pack("!BBH", first, 126, size) + data
+    return struct.pack("!BBQ", first, 127, size) + data
+
+
+def _message(msg_type: str, content: dict[str, Any], parent: bytes) -> list[bytes]:
+    header = {
+        "msg_id": uuid4().hex,
+        "msg_type": msg_type,
+        "username": "sorna",
+        "session": "",
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "version": "5.3",
+    }
+    return [msgspec.json.encode(header), parent, b"{}", msgspec.json.encode(content)]
