@@ -15,9 +15,9 @@ import os.path
 import posixpath
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
@@ -26,7 +26,11 @@ from jupyter_client.multikernelmanager import DuplicateKernelError
 from jupyter_core.paths import jupyter_data_dir
 from jupyter_server import CallContext
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-from jupyter_server.services.sessions.sessionmanager import SessionManager
+from jupyter_server.services.sessions.sessionmanager import (
+    KernelName,
+    ModelName,
+    SessionManager,
+)
 from tornado import web
 from traitlets.config import LoggingConfigurable
 
@@ -187,7 +191,9 @@ class SornaMappingKernelManager(AsyncMappingKernelManager):
     def kernel_model(self, kernel_id: str) -> dict[str, Any]:
         return kernel_model(self.find(kernel_id))
 
-    def get_kernel(self, kernel_id: str) -> SornaKernelManager:
+    def get_kernel(  # type: ignore[override]  # looked at, never managed
+        self, kernel_id: str
+    ) -> SornaKernelManager:
         return SornaKernelManager(self.find(kernel_id), parent=self, log=self.log)
 
     def find(self, kernel_id: str) -> Kernel:
@@ -215,7 +221,7 @@ class SornaMappingKernelManager(AsyncMappingKernelManager):
 
     # -- what can be done
 
-    async def start_kernel(
+    async def start_kernel(  # type: ignore[override]  # the async twins of the stock ones
         self,
         *,
         kernel_name: str | None = None,
@@ -244,24 +250,30 @@ class SornaMappingKernelManager(AsyncMappingKernelManager):
             )
         return kernel.id
 
-    async def shutdown_kernel(
+    async def shutdown_kernel(  # type: ignore[override]
         self, kernel_id: str, now: bool = False, restart: bool = False
     ) -> None:
         kernel = self.find(kernel_id)
         with _as_jupyter_errors(self):
             await self.kernels.stop(kernel.id)
 
-    async def interrupt_kernel(self, kernel_id: str) -> None:
+    async def interrupt_kernel(  # type: ignore[override]
+        self, kernel_id: str
+    ) -> None:
         kernel = self.find(kernel_id)
         with _as_jupyter_errors(self):
             await self.kernels.interrupt(kernel.id)
 
-    async def restart_kernel(self, kernel_id: str, now: bool = False) -> None:
+    async def restart_kernel(  # type: ignore[override]
+        self, kernel_id: str, now: bool = False
+    ) -> None:
         kernel = self.find(kernel_id)
         with _as_jupyter_errors(self):
             await self.kernels.restart(kernel.id)
 
-    async def shutdown_all(self, now: bool = False) -> None:
+    async def shutdown_all(  # type: ignore[override]
+        self, now: bool = False
+    ) -> None:
         """Nothing to do: jupyter_server calls it when it stops, after `app` has decided
         whether the kernels go or stay."""
 
@@ -270,7 +282,7 @@ class SornaMappingKernelManager(AsyncMappingKernelManager):
 
     # jupyter_client calls some of its methods by these names.
     _async_start_kernel = start_kernel
-    _async_shutdown_kernel = shutdown_kernel
+    _async_shutdown_kernel = shutdown_kernel  # type: ignore[assignment]
     _async_interrupt_kernel = interrupt_kernel
     _async_restart_kernel = restart_kernel
     _async_shutdown_all = shutdown_all
@@ -351,7 +363,7 @@ class SornaSessionManager(SessionManager):
     kernel_manager: SornaMappingKernelManager
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._creating: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def session_exists(self, path: str) -> bool:
@@ -378,7 +390,12 @@ class SornaSessionManager(SessionManager):
         is_new = kernel_id is None or kernel_id not in self.kernel_manager
         if is_new:
             kernel_id = await self.start_kernel_for_session(
-                session_id, path, name, type, kernel_name, kernel_id
+                session_id,
+                path,
+                cast(ModelName | None, name),
+                type,
+                cast(KernelName | None, kernel_name),
+                kernel_id,
             )
         assert kernel_id is not None
         row = SessionRow(
@@ -426,7 +443,7 @@ class SornaSessionManager(SessionManager):
         """And its kernel."""
         session = await self.get_session(session_id=session_id)
         await self.kernel_manager.shutdown_kernel(session["kernel"]["id"])
-        await self._registry.delete_session(session_id)
+        await self._forget(session_id)
 
     def close(self) -> None:
         """The registry is closed by `app`."""
@@ -451,8 +468,12 @@ class SornaSessionManager(SessionManager):
         if row.kernel_id in self.kernel_manager:
             return True
         self.log.info("session %s goes with its kernel %s", row.id, row.kernel_id)
-        await self._registry.delete_session(row.id)
+        await self._forget(row.id)
         return False
+
+    async def _forget(self, session_id: str) -> None:
+        with suppress(SessionNotFound):  # the registry may have ended it with its kernel
+            await self._registry.delete_session(session_id)
 
     def _model(self, row: SessionRow) -> dict[str, Any]:
         model = {

@@ -11,7 +11,7 @@ import asyncio
 import struct
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from uuid import uuid4
 from weakref import WeakSet
 
@@ -74,7 +74,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         handler = self.websocket_handler
         # Without it each answer waits for the client's delayed acknowledgement: 40 ms.
         handler.set_nodelay(True)
-        self._stream = handler.ws_connection.stream
+        assert handler.ws_connection is not None
+        self._stream = cast(IOStream, handler.ws_connection.stream)
         self._framing = framing_of(handler.selected_subprotocol)
         self._is_proxy = handler.selected_subprotocol is None and is_proxy(
             handler.request.headers.get("User-Agent", "")
@@ -94,7 +95,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         if self.kernel.status is KernelStatus.PREPARING:
             self._say("iopub", "status", {"execution_state": "starting"})
 
-    def disconnect(self) -> None:
+    def disconnect(self) -> None:  # type: ignore[override]  # what jupyter_server calls
         """Called when the client is gone; safe to repeat. Not a coroutine: nobody awaits it."""
         self._open.discard(self)
         key = (self.kernel_id, self.session_id)
@@ -241,7 +242,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         """
         advice = (
             "Connect to this server directly, or read it over REST: "
-            f"POST {self.websocket_handler.base_url}api/kernels/{self.kernel_id}/execute\n"
+            f"POST {self.websocket_handler.settings['base_url']}api/kernels/{self.kernel_id}"
+            "/execute\n"
         )
         size = sum(map(len, parts))
         if self._too_big(parts[:JSON_PARTS]):

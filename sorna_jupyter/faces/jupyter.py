@@ -7,14 +7,16 @@ models are the stock ones: each front-end depends on some detail of them.
 
 from __future__ import annotations
 
-from typing import Any
+from http.client import responses
+from typing import Any, cast
 
 import msgspec
 from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.multikernelmanager import DuplicateKernelError
 from jupyter_server.auth.decorator import allow_unauthenticated, authorized
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
-from jupyter_server.utils import url_escape, url_path_join
+from jupyter_server.services.sessions.sessionmanager import KernelName
+from jupyter_server.utils import url_path_join
 from tornado import web
 
 from sorna_jupyter.exceptions import InvalidRequest, UnknownKernelspec
@@ -207,16 +209,20 @@ class KernelChannelsHandler(KernelWebsocketHandler):
         session_id = self.get_argument("session_id", "")
         if len(session_id.encode("utf-8", "replace")) > self.MAX_SESSION_ID or "\0" in session_id:
             raise web.HTTPError(400, "The session_id is too long, or contains NUL")
-        await super().pre_get()
+        await super().pre_get()  # type: ignore[no-untyped-call]
 
     def on_close(self) -> None:
         # A handshake that failed half-way has no connection.
         if self.connection is not None:
-            super().on_close()
+            super().on_close()  # type: ignore[no-untyped-call]
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """JSON, as on the REST routes: no browser shows a failed handshake's page."""
-        SornaAPIHandler.write_error(self, status_code, **kwargs)
+        error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
+        reason = responses.get(status_code, "Unknown HTTP error")
+        message = error.get_message() if isinstance(error, web.HTTPError) else None
+        self.set_header("Content-Type", "application/json")
+        self.finish(msgspec.json.encode({"message": message or reason, "reason": reason}))
 
 
 # -- kernelspecs -----------------------------------------------------------------------------
@@ -277,7 +283,8 @@ class KernelSpecResourceHandler(_KernelSpecs):
     @web.authenticated
     @authorized
     async def head(self, kernel_name: str, path: str) -> None:
-        await self.get(kernel_name, path)
+        # tornado leaves the body out of answers to HEAD.
+        await KernelSpecResourceHandler.get(self, kernel_name, path)  # type: ignore[misc]
 
 
 # -- sessions --------------------------------------------------------------------------------
@@ -288,8 +295,7 @@ class _Sessions(SornaAPIHandler):
 
     @property
     def sessions(self) -> SornaSessionManager:
-        manager: SornaSessionManager = self.session_manager
-        return manager
+        return cast(SornaSessionManager, self.session_manager)
 
     def write_no_such_kernel(self, name: str) -> None:
         """501 and these two fields are what JupyterLab's dialog is made from."""
@@ -331,7 +337,7 @@ class SessionsHandler(_Sessions):
             return
         except DuplicateKernelError as error:
             raise web.HTTPError(409, str(error)) from error
-        location = url_path_join(self.base_url, "api/sessions", url_escape(model["id"]))
+        location = url_path_join(self.base_url, "api/sessions", model["id"])
         self.set_header("Location", location)
         self.write_json(model, 201)
 
@@ -364,7 +370,7 @@ class SessionHandler(_Sessions):
                 return
         await self.sessions.update_session(session_id, **changes)
         if changes.get("kernel_id", before["kernel"]["id"]) != before["kernel"]["id"]:
-            await self.kernel_manager.shutdown_kernel(before["kernel"]["id"])
+            await self.kernels.stop(before["kernel"]["id"])
         self.write_json(await self.sessions.get_session(session_id=session_id))
 
     async def _change_kernel(
@@ -377,7 +383,11 @@ class SessionHandler(_Sessions):
         if wanted.name is None:
             return {}
         kernel_id = await self.sessions.start_kernel_for_session(
-            before["id"], before["path"], before["name"], before["type"], wanted.name
+            before["id"],
+            before["path"],
+            before["name"],
+            before["type"],
+            cast(KernelName, wanted.name),
         )
         return {"kernel_id": kernel_id}
 
