@@ -1,0 +1,270 @@
+"""`jupyter sorna-agent`: builds the agent's parts, starts them in order, stops them in reverse."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import uuid
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from sorna_agent.agent import Agent
+from sorna_agent.heartbeat import Heartbeat, Orphaned
+from sorna_agent.kernel_store import KernelStore, replace_file
+from sorna_agent.link import RelayLink, RelaySettings
+from sorna_agent.resources import find_slots
+from sorna_agent.runtimes import Runtime, choose_runtime
+from sorna_agent.server import Server
+from sorna_jupyter.exceptions import AlreadyRunning, SornaError
+from sorna_jupyter.protocol import Beat, DestroyKernel
+
+log = logging.getLogger(__name__)
+
+FAILED, ALREADY_RUNNING = 1, 3
+"""exit statuses"""
+RELAY_ORPHAN_TIMEOUT = 600.0
+"""seconds that the relay waits for an agent to come back"""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this agent is, for ever."""
+
+    agent_id: str
+    public_key: str
+    secret_key: str
+
+    @classmethod
+    def load(cls, path: Path) -> Identity:
+        """From its file; made anew where there is none."""
+        if not path.exists():
+            public, secret = zmq.curve_keypair()
+            content = {
+                "agent_id": str(uuid.uuid4()),
+                "public_key": public.decode(),
+                "secret_key": secret.decode(),
+            }
+            replace_file(path, json.dumps(content).encode())
+        return cls(**json.loads(path.read_text()))
+
+
+class AgentApp:
+    """One agent process, from its options to its end."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._data_dir: Path = options.data_dir
+        self._runtime_dir: Path = options.runtime_dir
+
+    async def run(self) -> None:
+        """Until a signal, a gateway or the orphan timeout ends it; raises SornaError if it can't
+        start, or no gateway wants it."""
+        options = self._options
+        keys_file = self._data_dir / "agent.json"
+        self._identity = Identity.load(keys_file)
+        self._join_token = options.join_token_file.read_text().strip()
+        self._slots = find_slots(options.max_kernels)
+        stop = asyncio.Event()
+        keep_kernels = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+        async with AsyncExitStack() as stack:
+            self._runtime = await self._start_runtime(stack)
+            self._link = RelayLink(self._relay_settings(keys_file))
+            self._agent = Agent(
+                self._runtime,
+                self._link,
+                KernelStore(self._data_dir / "kernels.json"),
+                self._runtime_dir / "k",
+            )
+            server = Server(self._agent, self._link)
+            await self._link.start()
+
+            async def close_link() -> None:
+                await self._link.close(keep_relay=keep_kernels)
+
+            stack.push_async_callback(close_link)
+            stack.push_async_callback(self._agent.close)
+            stack.push_async_callback(server.close)
+            await self._agent.adopt()
+
+            heartbeat = self._make_heartbeat()
+            self._agent.on_change = heartbeat.beat_soon
+            self._agent.on_stop = stop.set
+            self._agent.on_left_alone = heartbeat.expect_silence
+            beating = asyncio.create_task(heartbeat.run(), name="heartbeat")
+            try:
+                stopping = asyncio.create_task(stop.wait())
+                await asyncio.wait((beating, stopping), return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                keep_kernels = options.keep_kernels and not beating.done()
+                # While the heart still beats, so that a slow stop does not look like a death.
+                if not keep_kernels:
+                    await self._agent.destroy_all()
+                if beating.done():
+                    beating.result()
+            except Orphaned as error:
+                log.warning("%s: all kernels and the agent end", error)
+            finally:
+                beating.cancel()
+                await asyncio.gather(beating, return_exceptions=True)
+        log.info("agent %s ends", self._identity.agent_id)
+
+    async def _start_runtime(self, stack: AsyncExitStack) -> Runtime:
+        options = self._options
+        runtime = await choose_runtime(
+            options.runtime,
+            agent_id=self._identity.agent_id,
+            base_image=options.base_image or os.environ.get("SORNA_BASE_IMAGE") or None,
+            image_folders=tuple(options.image_folder),
+        )
+        stack.push_async_callback(runtime.close)
+        await runtime.start_up()
+        log.info("runtime %s: %s", runtime.name, runtime.isolation)
+        return runtime
+
+    def _relay_settings(self, keys_file: Path) -> RelaySettings:
+        options = self._options
+        return RelaySettings(
+            listen=options.listen,
+            directory=self._runtime_dir,
+            keys_file=keys_file,
+            public_key=self._identity.public_key,
+            gateway_keys=tuple(options.gateway_key or [options.manager_key]),
+            orphan_timeout=max(RELAY_ORPHAN_TIMEOUT, options.orphan_timeout),
+            log_level=options.log_level,
+        )
+
+    def _make_heartbeat(self) -> Heartbeat:
+        options = self._options
+
+        async def destroy(kernel_id: str) -> None:
+            await self._agent.destroy_kernel(DestroyKernel(kernel_id=kernel_id))
+
+        return Heartbeat(
+            [address.strip() for address in options.manager_addr.split(",")],
+            manager_key=options.manager_key,
+            public_key=self._identity.public_key,
+            secret_key=self._identity.secret_key,
+            interval=options.beat_interval,
+            orphan_timeout=options.orphan_timeout,
+            make_beat=self._make_beat,
+            destroy=destroy,
+        )
+
+    def _make_beat(self) -> Beat:
+        return Beat(
+            agent_id=self._identity.agent_id,
+            join_token=self._join_token,
+            public_key=self._identity.public_key,
+            addresses=[_reachable(address) for address in self._link.addresses],
+            host=host_name(),
+            runtime=self._runtime.name,
+            isolation=self._runtime.isolation,
+            slots=self._slots,
+            images=self._agent.images(),
+            kernels=self._agent.reports(),
+            relay_started=self._link.started,
+        )
+
+
+def host_name() -> str:
+    """Host name and boot id: equal only for processes that can share `ipc` sockets."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    boot = boot_id.read_text().strip() if boot_id.exists() else ""
+    return f"{socket.gethostname()}/{boot}"
+
+
+def _reachable(address: str) -> str:
+    """For a socket bound to all interfaces: the host's name, which others can resolve."""
+    return address.replace("//0.0.0.0:", f"//{socket.gethostname()}:")
+
+
+def lock_data_dir(data_dir: Path) -> int:
+    """Only one agent a data directory; the lock file holds its process id.
+
+    Raises AlreadyRunning.
+    """
+    descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise AlreadyRunning(f"an agent already runs on {data_dir}") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="jupyter-sorna-agent",
+        description="Starts Sorna's kernels on this machine, on behalf of its gateways.",
+    )
+    add = parser.add_argument
+    add("--manager-addr", required=True, help="gateways' heartbeat ports, comma separated")
+    add("--manager-key", required=True, help="the gateways' public Curve key (Z85)")
+    add("--gateway-key", action="append", help="who may connect here; default: --manager-key")
+    add("--join-token-file", type=Path, required=True, help="file with the secret to join with")
+    add(
+        "--data-dir",
+        type=Path,
+        required=True,
+        help="the agent's identity and kernels are kept here",
+    )
+    add("--runtime-dir", type=Path, required=True, help="sockets; its path must be short")
+    add("--runtime", default="auto", choices=("auto", "docker", "local"))
+    add("--listen", default="tcp://127.0.0.1:0", help="address of the agent port; port 0: any")
+    add("--orphan-timeout", type=float, default=0.0, help="seconds without gateway until kernels"
+        " and agent end; 0: never")  # fmt: skip
+    add("--beat-interval", type=float, default=3.0, help="seconds between beats")
+    add("--keep-kernels", action="store_true", help="a signal ends the agent, not its kernels")
+    add("--max-kernels", type=int, default=None, help="default: one for each 256 MiB of memory")
+    add("--base-image", default=None, help="of kernel images that are built here; also"
+        " $SORNA_BASE_IMAGE")  # fmt: skip
+    add("--image-folder", type=Path, action="append", default=[], help="more kernel images")
+    add("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    add("--log-file", type=Path, default=None, help="instead of stderr")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_options(argv)
+    os.umask(0o077)
+    if options.log_file is not None:
+        # The relay, a child, inherits it.
+        descriptor = os.open(options.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(descriptor, sys.stderr.fileno())
+    logging.basicConfig(
+        level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.raiseExceptions = False  # stderr may end with the gateway; the agent does not
+    for directory in (options.data_dir, options.runtime_dir):
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        lock = lock_data_dir(options.data_dir)
+    except AlreadyRunning as error:
+        log.error("%s", error)
+        sys.exit(ALREADY_RUNNING)
+    try:
+        asyncio.run(AgentApp(options).run())
+    except (SornaError, OSError, zmq.ZMQError) as error:
+        log.error("the agent can't go on: %s", error)
+        sys.exit(FAILED)
+    finally:
+        os.ftruncate(lock, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,469 @@
+"""The relay: carries every kernel's channels, keeps their journals, owns the agent port.
+
+A process of its own beside the agent's, one a host: a slow Docker call never delays a message, and
+the agent may crash or be upgraded without losing one. It does little: a plain poll loop over three
+sides, none of which can block it or make it drop something:
+
+* kernels (`relay_kernel`): what leaves one goes into its journal;
+* gateways (CURVE, one ROUTER on tcp and ipc): a subscriber is a number in a journal, read on as
+  fast as its connection takes it; requests pass to the agent;
+* the agent (`relay_messages`, over `rpc.sock`).
+
+Started and adopted by `link`; run as `python -m sorna_agent.relay`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from sorna_agent import relay_messages as agent_side
+from sorna_agent.journal import RETENTION
+from sorna_agent.relay_kernel import BATCH, KernelSide, Socket
+from sorna_agent.relay_messages import (
+    CONTROL,
+    DetachKernel,
+    ForgetKernel,
+    Hello,
+    InterruptByMessage,
+    KernelActivity,
+    KernelReady,
+    OpenKernel,
+    RelayHello,
+    StopRelay,
+    ToAgent,
+)
+from sorna_jupyter.exceptions import AgentUnreachable
+from sorna_jupyter.protocol import (
+    CLOSE,
+    GAP,
+    MESSAGE,
+    OPEN,
+    RPC,
+    SUBSCRIBE,
+    UNSUBSCRIBE,
+    encode_reply,
+    pack_seq,
+)
+
+log = logging.getLogger(__name__)
+
+AGENT_PORT, AGENT_SOCKET = SOCKETS = ("relay.sock", "rpc.sock")
+"""for gateways, for the agent"""
+ACTIVITY_PAUSE = 0.1
+"""seconds between two reports of activity to the agent"""
+BACKLOG_PAUSE = 0.005
+"""seconds until a gateway that takes no more is tried again"""
+SWEEP_PAUSE = 1.0
+GATEWAY_QUEUE = 500
+"""messages in ZeroMQ's hands for one gateway; the rest waits in the journals, which cost nothing"""
+OUTBOX_LIMIT = 10_000
+"""replies waiting for one gateway that does not read"""
+
+
+class Relay:
+    """One poll loop; every method runs in it and returns at once."""
+
+    def __init__(
+        self,
+        *,
+        listen: str,
+        directory: Path,
+        secret_key: bytes,
+        public_key: bytes,
+        gateway_keys: list[str],
+        fingerprint: str,
+        orphan_timeout: float,
+        retention: int = RETENTION,
+    ) -> None:
+        self.context: zmq.Context[Socket] = zmq.Context()
+        self.context.set(zmq.MAX_SOCKETS, 65_000)
+        self.started = time.time()
+        self.fingerprint = fingerprint
+        self.orphan_timeout = orphan_timeout
+        self.retention = retention
+        self._poller = zmq.Poller()
+        self._handlers: dict[Socket, Callable[[Socket], None]] = {}
+        self._kernels: dict[bytes, KernelSide] = {}
+        self._with_output: set[KernelSide] = set()
+        self._active: set[KernelSide] = set()
+        self._activity_at = 0.0
+        self._sweep_at = 0.0
+        self._outboxes: dict[bytes, deque[list[bytes]]] = {}
+        self._agent: bytes | None = None
+        self._agent_heard = time.monotonic()
+        self._is_stopping = False
+        self._directory = directory
+        self._authenticator = self._allow_only(gateway_keys)
+        self._gateways = self._bind_gateways(listen, public_key, secret_key)
+        self._agents = self._bind_agent()
+
+    def _allow_only(self, gateway_keys: list[str]) -> ThreadAuthenticator:
+        allowed = {key.encode() for key in gateway_keys}
+
+        class Keys:
+            def callback(self, domain: str, key: bytes) -> bool:
+                return key in allowed
+
+        authenticator = ThreadAuthenticator(self.context)
+        authenticator.start()
+        authenticator.configure_curve_callback(credentials_provider=Keys())
+        return authenticator
+
+    def _bind_gateways(self, listen: str, public_key: bytes, secret_key: bytes) -> Socket:
+        socket = self.context.socket(zmq.ROUTER)
+        socket.curve_server = True
+        socket.curve_publickey = public_key
+        socket.curve_secretkey = secret_key
+        socket.linger = 1000  # the last reply goes out before we do
+        socket.router_mandatory = True  # or ROUTER drops what a slow gateway does not take
+        socket.sndhwm = GATEWAY_QUEUE
+        socket.rcvhwm = 0
+        socket.ipv6 = "[" in listen
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        # A gateway that reconnects under its own routing id takes over from its former connection.
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        local = f"ipc://{self._directory}/{AGENT_PORT}"
+        socket.bind(local)
+        socket.bind(listen)
+        self.addresses = [local, cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()]
+        self.watch(socket, self._drain_gateways, zmq.POLLIN)
+        return socket
+
+    def _bind_agent(self) -> Socket:
+        socket = self.context.socket(zmq.ROUTER)
+        socket.linger = 0
+        socket.router_mandatory = True
+        socket.bind(f"ipc://{self._directory}/{AGENT_SOCKET}")
+        self.watch(socket, self._drain_agent, zmq.POLLIN)
+        return socket
+
+    # -- the loop ----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        log.info("relay listens on %s", ", ".join(self.addresses))
+        while not self._is_stopping:
+            for socket, _ in self._poller.poll(math.ceil(self._pause() * 1000)):
+                # A handler before may have closed this one.
+                handler = self._handlers.get(socket)
+                if handler is not None:
+                    handler(socket)
+            self._send_output()
+            self._do_what_is_due()
+
+    def close(self) -> None:
+        for kernel in self._kernels.values():
+            kernel.detach()
+        self._agents.close()
+        self._gateways.close()
+        self._authenticator.stop()
+        self.context.term()
+        for name in SOCKETS:
+            (self._directory / name).unlink(missing_ok=True)  # ZeroMQ leaves them
+
+    def _pause(self) -> float:
+        """Seconds to sleep at most, if no message comes."""
+        if self._with_output or any(self._outboxes.values()):
+            return BACKLOG_PAUSE
+        now = time.monotonic()
+        due = self._sweep_at
+        if self._active:
+            due = min(due, self._activity_at)
+        for kernel in self._kernels.values():
+            again = kernel.ask_again(now)
+            if again is not None:
+                due = min(due, again)
+        return max(0.0, due - now)
+
+    def _do_what_is_due(self) -> None:
+        now = time.monotonic()
+        if self._active and now >= self._activity_at:
+            self._activity_at = now + ACTIVITY_PAUSE
+            for kernel in self._active:
+                self._tell_agent(
+                    KernelActivity(
+                        kernel_id=str(kernel),
+                        execution_state=kernel.execution_state,
+                        last_activity=kernel.last_activity,
+                    )
+                )
+            self._active.clear()
+        if now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_PAUSE
+            for kernel in self._kernels.values():
+                kernel.close_ended_sessions(now)
+            if self.orphan_timeout and now - self._agent_heard > self.orphan_timeout:
+                log.warning("no agent for %g s: the relay ends", self.orphan_timeout)
+                self._is_stopping = True
+
+    # -- what `KernelSide` asks of us --------------------------------------------------------
+
+    def watch(self, socket: Socket, handler: Callable[[Socket], None], events: int) -> None:
+        self._poller.register(socket, events)
+        self._handlers[socket] = handler
+
+    def unwatch(self, socket: Socket) -> None:
+        if self._handlers.pop(socket, None) is not None:
+            self._poller.unregister(socket)
+
+    def on_output(self, kernel: KernelSide) -> None:
+        if kernel.subscribers:
+            self._with_output.add(kernel)
+
+    def on_activity(self, kernel: KernelSide) -> None:
+        self._active.add(kernel)
+
+    def on_ready(self, kernel: KernelSide, opening: int, kernel_info: dict[str, Any]) -> None:
+        log.debug("kernel %s answers", kernel)
+        self._tell_agent(
+            KernelReady(kernel_id=str(kernel), opening=opening, kernel_info=kernel_info)
+        )
+
+    # -- gateways ----------------------------------------------------------------------------
+
+    def _drain_gateways(self, socket: Socket) -> None:
+        for _ in range(BATCH):
+            try:
+                route, *frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._take_from_gateway(route, frames)
+            except Exception:  # whatever one gateway sends, the others go on
+                log.exception("bad frames from a gateway: %s", [len(frame) for frame in frames])
+
+    def _take_from_gateway(self, route: bytes, frames: list[bytes]) -> None:
+        kind = frames[0] if frames else b""
+        if kind == RPC and len(frames) == 3:
+            self._pass_to_agent(route, frames[1], frames[2])
+            return
+        kernel = self._kernels.get(frames[1]) if len(frames) > 1 else None
+        if kernel is None:
+            log.debug("frames for a kernel that is not here")
+        elif kind == MESSAGE and len(frames) >= 8:
+            kernel.send(frames[2], route, frames[3], frames[4:])
+        elif kind == OPEN and len(frames) == 3:
+            kernel.open_session(frames[2], route)
+        elif kind == CLOSE and len(frames) == 3:
+            kernel.close_session(frames[2], route, time.monotonic())
+        elif kind == SUBSCRIBE and len(frames) == 3 and len(frames[2]) == 8:
+            seq = int.from_bytes(frames[2], "big")
+            # Beyond the end, as after a restart of ours: from now on.
+            kernel.subscribers[route] = min(seq or kernel.journal.next, kernel.journal.next)
+            self._with_output.add(kernel)
+        elif kind == UNSUBSCRIBE and len(frames) == 2:
+            kernel.subscribers.pop(route, None)
+        else:
+            log.warning("not understood from a gateway: %r with %d frames", kind[:8], len(frames))
+
+    def _send_output(self) -> None:
+        """Send on where each subscriber stands, as far as its connection takes it."""
+        full: set[bytes] = set()
+        for route, outbox in list(self._outboxes.items()):
+            while outbox and self._send_to_gateway(route, outbox[0], full):
+                outbox.popleft()
+            if not outbox:
+                self._outboxes.pop(route, None)
+        for kernel in list(self._with_output):
+            for route in list(kernel.subscribers):
+                self._send_journal(kernel, route, full)
+            ends = kernel.journal.next
+            if all(seq == ends for seq in kernel.subscribers.values()):
+                self._with_output.discard(kernel)
+
+    def _send_journal(self, kernel: KernelSide, route: bytes, full: set[bytes]) -> None:
+        journal = kernel.journal
+        seq = kernel.subscribers[route]
+        if seq < journal.first:
+            gap = [GAP, kernel.id, pack_seq(seq), pack_seq(journal.first - 1)]
+            if not self._send_to_gateway(route, gap, full):
+                return
+            seq = journal.first
+        end = min(journal.next, seq + BATCH)
+        while seq < end and self._send_to_gateway(route, journal.read(seq), full):
+            seq += 1
+        if route in kernel.subscribers:
+            kernel.subscribers[route] = seq
+
+    def _send_to_gateway(self, route: bytes, frames: list[bytes], full: set[bytes]) -> bool:
+        """Whether it took the frames. One that is full is not tried again in this round; one that
+        is gone is forgotten."""
+        if route in full:
+            return False
+        try:
+            self._gateways.send_multipart([route, *frames], zmq.NOBLOCK)
+            return True
+        except zmq.Again:
+            full.add(route)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            full.add(route)
+            self._forget_gateway(route)
+        return False
+
+    def _forget_gateway(self, route: bytes) -> None:
+        log.info("a gateway is gone")
+        self._outboxes.pop(route, None)
+        for kernel in self._kernels.values():
+            kernel.forget_gateway(route, time.monotonic())
+
+    def _reply(self, route: bytes, frames: list[bytes]) -> None:
+        outbox = self._outboxes.setdefault(route, deque())
+        if len(outbox) < OUTBOX_LIMIT:
+            outbox.append(frames)
+
+    # -- the agent ---------------------------------------------------------------------------
+
+    def _pass_to_agent(self, route: bytes, request_id: bytes, request: bytes) -> None:
+        if not self._send_to_agent([RPC, route, request_id, request]):
+            away = AgentUnreachable("the agent's process is away; its kernels go on")
+            self._reply(route, [RPC, request_id, *encode_reply(away)])
+
+    def _tell_agent(self, message: ToAgent) -> None:
+        self._send_to_agent([CONTROL, agent_side.encode(message)])
+
+    def _send_to_agent(self, frames: list[bytes]) -> bool:
+        if self._agent is None:
+            return False
+        try:
+            self._agents.send_multipart([self._agent, *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # gone, or it has not read for very long
+            log.warning("the agent does not take messages: %s", error)
+            return False
+        return True
+
+    def _drain_agent(self, socket: Socket) -> None:
+        for _ in range(BATCH):
+            try:
+                route, *frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._agent = route
+            self._agent_heard = time.monotonic()
+            try:
+                if frames[0] == RPC:
+                    _, gateway, request_id, verdict, reply = frames
+                    self._reply(gateway, [RPC, request_id, verdict, reply])
+                else:
+                    self._obey(agent_side.decode_for_relay(frames[1]))
+            except Exception:  # one bad command is not the end of every kernel's output
+                log.exception("bad frames from the agent")
+
+    def _obey(self, message: agent_side.ToRelay) -> None:
+        match message:
+            case Hello():
+                self._tell_agent(self._hello())
+            case OpenKernel():
+                self._open_kernel(message)
+            case DetachKernel() | InterruptByMessage() | ForgetKernel():
+                self._obey_for_kernel(message)
+            case StopRelay():
+                self._is_stopping = True
+
+    def _hello(self) -> RelayHello:
+        return RelayHello(
+            pid=os.getpid(),
+            started=self.started,
+            fingerprint=self.fingerprint,
+            addresses=self.addresses,
+            kernels=[str(kernel) for kernel in self._kernels.values() if kernel.is_connected],
+        )
+
+    def _open_kernel(self, message: OpenKernel) -> None:
+        kernel_id = message.kernel_id.encode()
+        kernel = self._kernels.get(kernel_id)
+        if kernel is None:
+            kernel = self._kernels[kernel_id] = KernelSide(self, kernel_id, self.retention)
+        kernel.connect(
+            message.address,
+            message.key,
+            message.opening,
+            message.ask_ready,
+            message.execution_state,
+        )
+
+    def _obey_for_kernel(self, message: DetachKernel | InterruptByMessage | ForgetKernel) -> None:
+        kernel = self._kernels.get(message.kernel_id.encode())
+        if kernel is None:
+            return
+        match message:
+            case DetachKernel():
+                kernel.detach()
+            case InterruptByMessage():
+                kernel.interrupt()
+            case ForgetKernel():
+                kernel.detach()
+                self._send_output()
+                del self._kernels[kernel.id]
+                self._with_output.discard(kernel)
+                self._active.discard(kernel)
+
+
+def _raise_file_limit() -> None:
+    """A session has three sockets, and each costs files."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="sorna_agent.relay", description=__doc__.split("\n")[0])
+    parser.add_argument("--listen", required=True, help="tcp address of the agent port")
+    parser.add_argument("--directory", required=True, type=Path, help="for relay.sock and rpc.sock")
+    parser.add_argument("--keys", required=True, type=Path, help="file with the agent's Curve keys")
+    parser.add_argument("--gateway-key", action="append", required=True, help="may connect (Z85)")
+    parser.add_argument("--fingerprint", default="")
+    parser.add_argument("--orphan-timeout", type=float, default=600.0)
+    parser.add_argument("--retention", type=int, default=RETENTION, help="bytes kept a kernel")
+    parser.add_argument("--log-level", default="INFO")
+    arguments = parser.parse_args()
+
+    logging.basicConfig(
+        level=arguments.log_level, format="%(asctime)s %(levelname)s relay: %(message)s"
+    )
+    logging.getLogger("zmq.auth").setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # whoever read our stderr may be gone; we go on
+    os.umask(0o077)
+    _raise_file_limit()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keys = json.loads(arguments.keys.read_text())
+    relay = Relay(
+        listen=arguments.listen,
+        directory=arguments.directory,
+        public_key=keys["public_key"].encode(),
+        secret_key=keys["secret_key"].encode(),
+        gateway_keys=arguments.gateway_key,
+        fingerprint=arguments.fingerprint,
+        orphan_timeout=arguments.orphan_timeout,
+        retention=arguments.retention,
+    )
+    try:
+        relay.run()
+    finally:
+        relay.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""The relay's side towards one kernel: its sockets, its journal, whether it is busy.
+
+Frames are copied, never decoded, but for what activity tracking needs. Signatures are checked on
+the way out and made on the way in: the kernel's key stays here. Used by `relay`, one `KernelSide` a
+kernel; the relay's loop calls the handlers that it registers with `Watcher`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from sorna_agent.journal import Journal
+from sorna_jupyter.protocol import MESSAGE, pack_seq
+
+log = logging.getLogger(__name__)
+
+Socket = zmq.Socket[bytes]
+
+DELIMITER = b"<IDS|MSG>"
+PORTS = {b"shell": 1, b"iopub": 2, b"stdin": 3, b"control": 4}
+CLIENT_CHANNELS = (b"shell", b"control", b"stdin")
+BATCH = 200
+"""messages taken from one socket before the others get their turn"""
+CLOSE_GRACE = 10.0
+"""seconds that a closed session's sockets stay, and as long as the kernel is busy: replies that are
+under way still reach the journal, and a client that comes right back finds them"""
+FIRST_RESEND, LAST_RESEND = 0.05, 0.4
+"""seconds between kernel_info requests to a kernel that does not answer yet"""
+ENOUGH_REPLIES = 4
+"""kernel_info replies after which a kernel counts as ready though it never sent on iopub"""
+
+PROBE_SESSION = f"sorna-relay-{secrets.token_hex(8)}"
+"""Session of the relay's own requests. Clients never see what answers it."""
+_PROBE_MARK = PROBE_SESSION.encode()
+
+# jupyter_server's `untracked_message_types`: these alone are no activity of a user.
+UNTRACKED = frozenset(
+    "comm_info_request comm_info_reply kernel_info_request kernel_info_reply shutdown_request"
+    " shutdown_reply interrupt_request interrupt_reply debug_request debug_reply stream"
+    " display_data update_display_data execute_input execute_result error status clear_output"
+    " debug_event input_request input_reply".split()
+)
+
+
+class Watcher(Protocol):
+    """What the relay's loop offers."""
+
+    context: zmq.Context[Socket]
+
+    def watch(self, socket: Socket, handler: Callable[[Socket], None], events: int) -> None: ...
+    def unwatch(self, socket: Socket) -> None: ...
+    def on_output(self, kernel: KernelSide) -> None: ...
+    def on_activity(self, kernel: KernelSide) -> None: ...
+    def on_ready(self, kernel: KernelSide, opening: int, kernel_info: dict[str, Any]) -> None: ...
+
+
+class _Header(msgspec.Struct):
+    msg_type: str = ""
+
+
+class _Status(msgspec.Struct):
+    execution_state: str = ""
+
+
+_decode_header = msgspec.json.Decoder(_Header).decode
+_decode_status = msgspec.json.Decoder(_Status).decode
+
+
+class Signer:
+    """Jupyter's message signatures under one key; an empty key means none."""
+
+    def __init__(self, key: str) -> None:
+        self._keyed = hmac.new(key.encode(), digestmod=hashlib.sha256) if key else None
+
+    def sign(self, parts: list[bytes]) -> bytes:
+        if self._keyed is None:
+            return b""
+        mac = self._keyed.copy()
+        for part in parts[:4]:
+            mac.update(part)
+        return mac.hexdigest().encode()
+
+    def verify(self, parts: list[bytes], signature: bytes) -> bool:
+        return self._keyed is None or hmac.compare_digest(self.sign(parts), signature)
+
+
+@dataclass(slots=True)
+class Session:
+    """One client of this kernel, and the gateways that hold it open."""
+
+    owners: set[bytes] = field(default_factory=set)
+    sockets: dict[bytes, Socket] = field(default_factory=dict)
+    close_at: float | None = None
+
+
+class _Probe:
+    """Asks kernel_info until the kernel has answered and iopub is known to reach us."""
+
+    def __init__(self, opening: int, socket: Socket) -> None:
+        self.opening = opening
+        self.socket = socket
+        self.pause = FIRST_RESEND
+        self.resend_at: float | None = None
+        self.replies = 0
+        self.heard_iopub = False
+
+
+class KernelSide:
+    """One kernel: connected or (between processes, or dead) detached; its journal stays."""
+
+    def __init__(self, watcher: Watcher, kernel_id: bytes, retention: int) -> None:
+        self.id = kernel_id
+        self.journal = Journal(retention)
+        self.subscribers: dict[bytes, int] = {}
+        """gateway's route → number of the next message that it gets"""
+        self.execution_state = "starting"
+        self.last_activity = time.time()
+        self._watcher = watcher
+        self._address: str | None = None
+        self._signer = Signer("")
+        self._iopub: Socket | None = None
+        self._sessions: dict[bytes, Session] = {}
+        self._probe: _Probe | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        return self._address is not None
+
+    # -- connecting and letting go -----------------------------------------------------------
+
+    def connect(
+        self, address: str, key: str, opening: int, ask_ready: bool, execution_state: str
+    ) -> None:
+        """Connect to this process of the kernel, which need not have bound its sockets yet."""
+        self.detach()
+        self._address = address
+        self._signer = Signer(key)
+        self.execution_state = execution_state
+        self._iopub = self._connect(zmq.SUB, b"iopub")
+        self._watcher.watch(
+            self._iopub, lambda socket: self._drain(socket, b"", b"iopub"), zmq.POLLIN
+        )
+        for session_id, session in self._sessions.items():
+            self._connect_session(session_id, session)
+        if ask_ready:
+            socket = self._connect(zmq.DEALER, b"shell", IMMEDIATE=1)
+            self._probe = _Probe(opening, socket)
+            # IMMEDIATE: writable is it only once the kernel is there.
+            self._watcher.watch(socket, self._ask, zmq.POLLOUT)
+
+    def detach(self) -> None:
+        """Read what the process still sent, then close its sockets."""
+        if self._iopub is not None:
+            self._drain(self._iopub, b"", b"iopub", limit=None)
+        for session_id, session in list(self._sessions.items()):
+            for channel, socket in session.sockets.items():
+                self._drain(socket, session_id, channel, limit=None)
+            self._close_sockets(session)
+        self._stop_asking()
+        if self._iopub is not None:
+            self._close(self._iopub)
+            self._iopub = None
+        self._address = None
+
+    def _connect(
+        self, kind: int, channel: bytes, routing_id: bytes = b"", **options: int
+    ) -> Socket:
+        socket = self._watcher.context.socket(kind)
+        socket.linger = 0
+        socket.reconnect_ivl = 10
+        socket.reconnect_ivl_max = 200
+        socket.rcvhwm = 0
+        for name, value in options.items():
+            socket.setsockopt(getattr(zmq, name), value)
+        if kind == zmq.SUB:
+            socket.subscribe(b"")
+        if routing_id:
+            socket.setsockopt(zmq.ROUTING_ID, routing_id)
+        socket.connect(f"ipc://{self._address}-{PORTS[channel]}")
+        return socket
+
+    def _close(self, socket: Socket) -> None:
+        self._watcher.unwatch(socket)
+        socket.close()
+
+    # -- sessions ----------------------------------------------------------------------------
+
+    def open_session(self, session_id: bytes, owner: bytes) -> Session:
+        session = self._sessions.get(session_id)
+        if session is None:
+            session = self._sessions[session_id] = Session()
+            if self.is_connected:
+                self._connect_session(session_id, session)
+        session.owners.add(owner)
+        session.close_at = None
+        return session
+
+    def close_session(self, session_id: bytes, owner: bytes, now: float) -> None:
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.owners.discard(owner)
+            if not session.owners and session.close_at is None:
+                session.close_at = now + CLOSE_GRACE
+
+    def forget_gateway(self, route: bytes, now: float) -> None:
+        self.subscribers.pop(route, None)
+        for session_id in list(self._sessions):
+            self.close_session(session_id, route, now)
+
+    def close_ended_sessions(self, now: float) -> None:
+        for session_id, session in list(self._sessions.items()):
+            is_over = session.close_at is not None and session.close_at <= now
+            if is_over and self.execution_state != "busy":
+                self._close_sockets(session)
+                del self._sessions[session_id]
+
+    def _connect_session(self, session_id: bytes, session: Session) -> None:
+        # Replies on stdin are routed by the id that shell has, so all share it; otherwise
+        # input() never returns.
+        routing_id = as_routing_id(session_id)
+        for channel in CLIENT_CHANNELS:
+            socket = self._connect(zmq.DEALER, channel, routing_id, SNDHWM=10_000)
+            session.sockets[channel] = socket
+
+            def drain(socket: Socket, channel: bytes = channel) -> None:
+                self._drain(socket, session_id, channel)
+
+            self._watcher.watch(socket, drain, zmq.POLLIN)
+
+    def _close_sockets(self, session: Session) -> None:
+        for socket in session.sockets.values():
+            self._close(socket)
+        session.sockets.clear()
+
+    # -- to the kernel -----------------------------------------------------------------------
+
+    def send(self, session_id: bytes, owner: bytes, channel: bytes, parts: list[bytes]) -> None:
+        """Sign and send; a session that is not open gets opened."""
+        session = self._sessions.get(session_id)
+        if session is None or owner not in session.owners:
+            session = self.open_session(session_id, owner)
+        socket = session.sockets.get(channel)
+        if socket is None:
+            log.warning("kernel %s: not connected, a message on %r is lost", self, channel)
+            return
+        try:
+            socket.send_multipart([DELIMITER, self._signer.sign(parts), *parts], zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning("kernel %s: has not read for long, a message on %r is lost", self, channel)
+
+    def interrupt(self) -> None:
+        if not self.is_connected:
+            return
+        socket = self._connect(zmq.DEALER, b"control", LINGER=2000)
+        socket.send_multipart(self._own_request("interrupt_request"))
+        socket.close()  # lingers until it is sent
+
+    def _own_request(self, msg_type: str) -> list[bytes]:
+        header = {
+            "msg_id": secrets.token_hex(16),
+            "session": PROBE_SESSION,
+            "username": "sorna",
+            "date": datetime.now(UTC).isoformat(),
+            "msg_type": msg_type,
+            "version": "5.3",
+        }
+        parts = [msgspec.json.encode(header), b"{}", b"{}", b"{}"]
+        return [DELIMITER, self._signer.sign(parts), *parts]
+
+    # -- readiness ---------------------------------------------------------------------------
+
+    def ask_again(self, now: float) -> float | None:
+        """Ask once more if it is due; returns when it will be."""
+        probe = self._probe
+        if probe is None or probe.resend_at is None:
+            return None
+        if probe.resend_at <= now:
+            self._ask(probe.socket)
+        return probe.resend_at
+
+    def _ask(self, socket: Socket) -> None:
+        probe = self._probe
+        if probe is None:
+            return
+        try:
+            socket.send_multipart(self._own_request("kernel_info_request"), zmq.NOBLOCK)
+        except zmq.Again:
+            log.debug("kernel %s: not there yet", self)
+        if probe.resend_at is None:
+            self._watcher.watch(socket, self._drain_probe, zmq.POLLIN)
+        probe.resend_at = time.monotonic() + probe.pause
+        probe.pause = min(probe.pause * 2, LAST_RESEND)
+
+    def _drain_probe(self, socket: Socket) -> None:
+        self._drain(socket, b"", b"shell")
+
+    def _take_own(self, channel: bytes, parts: list[bytes]) -> None:
+        """Something that answers the relay's own request."""
+        probe = self._probe
+        if probe is None or channel != b"shell" or b'"kernel_info_reply"' not in parts[0]:
+            return
+        probe.replies += 1
+        if probe.heard_iopub or probe.replies >= ENOUGH_REPLIES:
+            self._stop_asking()
+            if self.execution_state == "starting":
+                self.execution_state = "idle"
+                self._watcher.on_activity(self)
+            self._watcher.on_ready(self, probe.opening, msgspec.json.decode(parts[3]))
+
+    def _stop_asking(self) -> None:
+        if self._probe is not None:
+            self._close(self._probe.socket)
+            self._probe = None
+
+    # -- from the kernel ---------------------------------------------------------------------
+
+    def _drain(
+        self, socket: Socket, session_id: bytes, channel: bytes, limit: int | None = BATCH
+    ) -> None:
+        taken = 0
+        while (limit is None or taken < limit) and not socket.closed:
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            taken += 1
+            try:
+                self._take(session_id, channel, frames)
+            except (ValueError, IndexError) as error:
+                log.warning("kernel %s: bad message on %r: %s", self, channel, error)
+        if taken:
+            self._watcher.on_output(self)
+
+    def _take(self, session_id: bytes, channel: bytes, frames: list[bytes]) -> None:
+        at = frames.index(DELIMITER)
+        signature, parts = frames[at + 1], frames[at + 2 :]
+        if len(parts) < 4:
+            raise ValueError("too few frames")
+        if not self._signer.verify(parts, signature):
+            raise ValueError("wrong signature")
+        if channel == b"iopub" and self._probe is not None:
+            self._probe.heard_iopub = True
+        if _PROBE_MARK in parts[1]:
+            self._take_own(channel, parts)
+            return
+        if channel == b"iopub":
+            if b'"iopub_welcome"' in parts[0]:
+                return
+            self._track_activity(parts)
+        entry = [MESSAGE, self.id, b"", session_id, channel, *parts]
+        entry[2] = pack_seq(self.journal.append(entry))
+
+    def _track_activity(self, parts: list[bytes]) -> None:
+        """As jupyter_server's `record_activity`, decoding only where it can matter."""
+        is_status = b'"status"' in parts[0]
+        if not is_status and self.execution_state == "busy":
+            self._mark_active()
+            return
+        msg_type = _decode_header(parts[0]).msg_type
+        parent_type = _decode_header(parts[1]).msg_type
+        parent_is_tracked = parent_type not in UNTRACKED
+        if msg_type not in UNTRACKED or parent_is_tracked or self.execution_state == "busy":
+            self._mark_active()
+        if msg_type != "status":
+            return
+        state = _decode_status(parts[3]).execution_state
+        if not parent_is_tracked:
+            if self.execution_state != "starting" or state == "starting":
+                return
+            state = "idle"
+        if state != self.execution_state:
+            self.execution_state = state
+            self._watcher.on_activity(self)
+
+    def _mark_active(self) -> None:
+        self.last_activity = time.time()
+        self._watcher.on_activity(self)
+
+    def __str__(self) -> str:
+        return self.id.decode(errors="replace")
+
+
+def as_routing_id(session_id: bytes) -> bytes:
+    """ZeroMQ's rule for routing ids: 1 to 255 bytes, not beginning with NUL."""
+    if 0 < len(session_id) <= 255 and not session_id.startswith(b"\0"):
+        return session_id
+    return hashlib.sha256(session_id).hexdigest().encode()
