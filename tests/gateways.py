@@ -281,14 +281,13 @@ class Gateway:
         """Until this kernelspec can start kernels; building its image may take minutes."""
 
         def ready() -> bool:
-            response = self.get("/api/kernelspecs")
+            response = self.get("/sorna/images")
             assert response.status_code == 200, response.text
-            spec = response.json()["kernelspecs"].get(name)
-            if spec is None:
+            image = next((i for i in response.json() if i["name"] == name), None)
+            if image is None:
                 return False
-            sorna = spec["spec"].get("metadata", {}).get("sorna", {})
-            assert sorna.get("state") != "failed", f"{sorna}\n{self.output}"
-            return bool(sorna.get("state", "ready") == "ready")
+            assert image["state"] != "failed", f"{image}\n{self.output}"
+            return bool(image["state"] == "ready")
 
         wait_until(ready, f"kernelspec {name} is ready", timeout)
 
@@ -298,8 +297,14 @@ class Gateway:
         kernel_id: str = response.json()["id"]
         return kernel_id
 
-    def execute(self, kernel_id: str, code: str, **body: Any) -> dict[str, Any]:
-        response = self.post(f"/api/kernels/{kernel_id}/execute", {"code": code, **body})
+    def execute(
+        self, kernel_id: str, code: str, token: str | None = None, **body: Any
+    ) -> dict[str, Any]:
+        response = self.post(
+            f"/api/kernels/{kernel_id}/execute",
+            {"code": code, **body},
+            token=token or self.token,
+        )
         assert response.status_code == 200, response.text
         result: dict[str, Any] = response.json()
         return result

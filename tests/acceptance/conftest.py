@@ -1,0 +1,89 @@
+"""What the acceptance tests share: a browser, a user's machine with remote kernelspecs, people."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+
+from tests.gateways import Gateway, Home
+
+CHROMIUM_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1200,1100",
+)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    """Debian's Chromium without a window, with a profile of its own."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        if os.environ.get("CI"):
+            pytest.fail("Chromium: scripts/test should have installed it")
+        pytest.skip("no Chromium; scripts/test installs it")
+    options = Options()
+    options.binary_location = chromium
+    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    with webdriver.Chrome(options=options, service=Service(driver)) as chrome:
+        yield chrome
+
+
+@dataclass
+class RemoteKernels:
+    """A user's machine where a server's kernelspec is installed, by `jupyter sorna` itself."""
+
+    home: Home
+    kernel_name: str
+
+
+def install_kernelspecs(gateway: Gateway, home: Home) -> RemoteKernels:
+    login = home.run("jupyter", "sorna", "login", gateway.url, input=gateway.token + "\n")
+    assert login.returncode == 0, login.stderr
+    installed = home.run("jupyter", "sorna", "kernelspec", "install", "python3", "--user")
+    assert installed.returncode == 0, installed.stderr
+    return RemoteKernels(home, installed.stdout.split(":")[0].strip())
+
+
+@pytest.fixture(scope="session")
+def remote_kernels(docker_gateway: Gateway) -> Iterator[RemoteKernels]:
+    home = Home()
+    yield install_kernelspecs(docker_gateway, home)
+    home.remove()
+
+
+@pytest.fixture(scope="session")
+def new_user(docker_gateway: Gateway) -> Callable[[str], str]:
+    """Makes a user of the shared gateway who is no admin; returns their token."""
+
+    def make(name: str) -> str:
+        response = docker_gateway.post("/sorna/tokens", {"user": name})
+        assert response.status_code == 201, response.text
+        token: str = response.json()["token"]
+        return token
+
+    return make
+
+
+@pytest.fixture
+def docker_kernel(docker_gateway: Gateway) -> Iterator[str]:
+    """The id of a fresh Docker kernel, gone afterwards."""
+    kernel_id = docker_gateway.start_kernel(name="python3")
+    yield kernel_id
+    docker_gateway.stop_kernel(kernel_id)
