@@ -1,0 +1,287 @@
+"""Our own REST: run code on a kernel, read its runs, ask what an editor asks. See docs/rest.md.
+
+Answers by `Accept`: the whole run when it is over, or its events as they come, one JSON a line or
+as server-sent events. With `Prefer: respond-async` at once, and the run is read from its Location.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import msgspec
+from jupyter_server.auth.decorator import allow_unauthenticated, authorized
+from tornado import web
+from tornado.iostream import StreamClosedError
+
+from sorna_jupyter import __version__
+from sorna_jupyter.exceptions import InvalidRequest, RunNotFound
+from sorna_jupyter.http import SornaAPIHandler
+from sorna_jupyter.openapi import Complete, Input, Inspect, IsComplete, OneShot, document
+from sorna_jupyter.run import Execute, LoggedEvent, Run
+
+AUTH_RESOURCE = "kernels"
+KERNEL_ID = r"(?P<kernel_id>\w+-\w+-\w+-\w+-\w+)"
+RUN_ID = r"(?P<run_id>[\w-]+)"
+
+JSON, NDJSON, SSE = "application/json", "application/x-ndjson", "text/event-stream"
+
+
+# -- runs ------------------------------------------------------------------------------------
+
+
+class RunHandler(SornaAPIHandler):
+    """Base of the routes that answer with a run."""
+
+    auth_resource = AUTH_RESOURCE
+
+    def initialize(self, **kwargs: Any) -> None:
+        super().initialize(**kwargs)
+        self._closed = asyncio.Event()
+
+    async def prepare(self) -> None:  # type: ignore[override]  # as jupyter_server's own
+        """What the request's headers ask for is known before anything is done for it."""
+        await super().prepare()
+        self._kind = self._accepted()
+        self._from = self._first_event()
+        prefer = self.request.headers.get("Prefer", "")
+        self.prefers_async, self.wait = _preference(prefer)
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        self._closed.set()
+
+    async def answer_new(self, run: Run, location: str) -> None:
+        """The answer to the request that made this run."""
+        self.set_header("Content-Location", location)
+        if self.prefers_async:
+            self.set_header("Preference-Applied", "respond-async")
+            await self._until_closed(run.settled(), self.wait or 0)
+            if not run.is_over:
+                self.set_header("Location", location)
+                self.write_json(run.result(), 202)
+                return
+        await self.answer(run, wait=None)
+
+    async def answer(self, run: Run, wait: float | None) -> None:
+        """`wait`: seconds for the run to be over or to ask for input; None: as long as it takes."""
+        if self._kind == JSON:
+            await self._until_closed(run.settled(), wait)
+            if not self._closed.is_set():
+                self.write_json(run.result())
+        else:
+            await self._until_closed(self._stream(run, self._kind), None)
+
+    def _accepted(self) -> str:
+        """The first of ours in `Accept`; what it says of quality does not matter here."""
+        for item in self.request.headers.get("Accept", JSON).split(","):
+            kind = item.partition(";")[0].strip().lower()
+            if kind in (JSON, NDJSON, SSE):
+                return kind
+            if kind in ("*/*", "application/*", "application/jsonl"):
+                return NDJSON if kind == "application/jsonl" else JSON
+        raise web.HTTPError(406, f"This can be had as {JSON}, {NDJSON} or {SSE}")
+
+    async def _stream(self, run: Run, kind: str) -> None:
+        encode = _as_sse if kind == SSE else _as_line
+        quiet = b": quiet\n\n" if kind == SSE else b"\n"
+        self.set_header("Content-Type", kind)
+        self.set_header("Cache-Control", "no-store, no-transform")
+        self.set_header("X-Accel-Buffering", "no")  # nginx would hold it back
+        try:
+            async for events in run.follow(self._from):
+                self.write(b"".join(map(encode, events)) or quiet)
+                await self.flush()
+        except StreamClosedError:
+            return  # the run goes on; whoever wants more of it comes back with `from`
+        self.finish(set_content_type=kind)
+
+    def _first_event(self) -> int:
+        """`?from=` a number, or after what an `EventSource` that reconnects has seen."""
+        number = self.get_query_argument("from", "")
+        if not number and (last := self.request.headers.get("Last-Event-ID", "")):
+            number = str(int(last) + 1) if last.isdecimal() else last
+        if not number:
+            return 0
+        if not number.isdecimal() or len(number) > 15:
+            raise InvalidRequest(f"from: not the number of an event: {number!r}")
+        return int(number)
+
+    async def _until_closed(self, coroutine: Any, timeout: float | None) -> None:
+        """Wait for it, but not for a client that has gone."""
+        task = asyncio.ensure_future(coroutine)
+        closed = asyncio.ensure_future(self._closed.wait())
+        try:
+            await asyncio.wait({task, closed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+        finally:
+            task.cancel()
+            closed.cancel()
+
+
+class ExecuteHandler(RunHandler):
+    @web.authenticated
+    @authorized
+    async def post(self, kernel_id: str) -> None:
+        run = self.runs.submit(kernel_id, self.body(Execute))
+        await self.answer_new(run, f"{self.base_url}api/kernels/{kernel_id}/runs/{run.id}")
+
+
+class RunsHandler(SornaAPIHandler):
+    auth_resource = AUTH_RESOURCE
+
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_id: str) -> None:
+        """Those that go on and those that are kept, oldest first, without their outputs."""
+        if not (runs := self.runs.list(kernel_id)):
+            self.kernels.get(kernel_id)
+        self.write_json([run.summary() for run in runs])
+
+
+class OneRunHandler(RunHandler):
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_id: str, run_id: str) -> None:
+        await self.answer(self.runs.get(run_id, kernel_id), self.wait or 0)
+
+
+class InputHandler(SornaAPIHandler):
+    auth_resource = AUTH_RESOURCE
+
+    @web.authenticated
+    @authorized
+    async def post(self, kernel_id: str, run_id: str) -> None:
+        run = self.runs.get(run_id, kernel_id)
+        self.runs.answer(run, self.body(Input).value)
+        self.set_status(204)
+        self.finish()
+
+
+# -- runs on kernels of their own ------------------------------------------------------------
+
+
+class RunOnceHandler(RunHandler):
+    @web.authenticated
+    @authorized
+    async def post(self) -> None:
+        request = self.body(OneShot)
+        run = await self.runs.run_once(
+            request,
+            owner=self.username,
+            name=request.name,
+            env=request.env,
+            limits=request.limits,
+        )
+        await self.answer_new(run, f"{self.base_url}api/run/{run.id}")
+
+
+class OwnRuns(RunHandler):
+    """Routes to a run by its id alone: its kernel may be gone, so the owner is compared here."""
+
+    def own_run(self, run_id: str) -> Run:
+        run = self.runs.get(run_id)
+        if run.owner != self.username:
+            raise RunNotFound(run_id)
+        return run
+
+
+class OwnRunHandler(OwnRuns):
+    @web.authenticated
+    @authorized
+    async def get(self, run_id: str) -> None:
+        await self.answer(self.own_run(run_id), self.wait or 0)
+
+
+class OwnInputHandler(OwnRuns):
+    @web.authenticated
+    @authorized
+    async def post(self, run_id: str) -> None:
+        self.runs.answer(self.own_run(run_id), self.body(Input).value)
+        self.set_status(204)
+        self.finish()
+
+
+# -- questions -------------------------------------------------------------------------------
+
+
+class QuestionHandler(SornaAPIHandler):
+    """Answers with the content of the kernel's reply."""
+
+    auth_resource = AUTH_RESOURCE
+
+    @web.authenticated
+    @authorized
+    async def post(self, kernel_id: str, question: str) -> None:
+        match question:
+            case "is_complete":
+                content: dict[str, Any] = {"code": self.body(IsComplete).code}
+            case "inspect":
+                content = _at_cursor(self.body(Inspect))
+            case _:
+                content = _at_cursor(self.body(Complete))
+        self.write_json(await self.runs.ask(kernel_id, f"{question}_request", content))
+
+
+def _at_cursor(body: Complete) -> dict[str, Any]:
+    content: dict[str, Any] = msgspec.to_builtins(body)
+    if body.cursor_pos is None:
+        content["cursor_pos"] = len(body.code)
+    return content
+
+
+# -- the server ------------------------------------------------------------------------------
+
+
+class HealthHandler(SornaAPIHandler):
+    """For load balancers and probes; needs no authentication and tells nothing."""
+
+    _track_activity = False
+
+    @allow_unauthenticated
+    def get(self) -> None:
+        self.write_json({"status": "ok", "version": __version__})
+
+
+class OpenAPIHandler(SornaAPIHandler):
+    auth_resource = "api"
+
+    @web.authenticated
+    @authorized
+    def get(self) -> None:
+        self.write_json(document(self.base_url))
+
+
+def handlers() -> list[tuple[str, type[SornaAPIHandler]]]:
+    """Routes for the app; the base URL is put in front by `ExtensionApp`."""
+    kernel = rf"/api/kernels/{KERNEL_ID}"
+    return [
+        (rf"{kernel}/execute", ExecuteHandler),
+        (rf"{kernel}/runs", RunsHandler),
+        (rf"{kernel}/runs/{RUN_ID}", OneRunHandler),
+        (rf"{kernel}/runs/{RUN_ID}/input", InputHandler),
+        (rf"{kernel}/(?P<question>complete|inspect|is_complete)", QuestionHandler),
+        (r"/api/run", RunOnceHandler),
+        (rf"/api/run/{RUN_ID}", OwnRunHandler),
+        (rf"/api/run/{RUN_ID}/input", OwnInputHandler),
+        (r"/healthz", HealthHandler),
+        (r"/sorna/openapi\.json", OpenAPIHandler),
+    ]
+
+
+def _preference(prefer: str) -> tuple[bool, float | None]:
+    """RFC 7240: whether `respond-async`, and `wait=` how many seconds."""
+    items = [item.strip().lower() for item in prefer.split(",")]
+    wait = next((m for item in items if (m := re.fullmatch(r"wait\s*=\s*(\d{1,6})", item))), None)
+    return "respond-async" in items, float(wait[1]) if wait else None
+
+
+def _as_line(event: LoggedEvent) -> bytes:
+    return event.data + b"\n"
+
+
+def _as_sse(event: LoggedEvent) -> bytes:
+    # JSON has no raw newlines, so one `data:` line holds it.
+    return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.type.encode(), event.data)
