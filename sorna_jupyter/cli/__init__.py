@@ -46,7 +46,3 @@ def main(argv: list[str] | None = None) -> int:
 
     SornaApp.launch_instance(arguments)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from sorna_jupyter.cli import main
+
+sys.exit(main())

@@ -1,0 +1,444 @@
+"""`Kernels` with a real registry, a real agent process, its relay, and kernels of the `local` runtime."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from sorna_jupyter.agents import AgentPool, HeartbeatListener, KeyPair
+from sorna_jupyter.embedded import AgentSettings, EmbeddedAgent
+from sorna_jupyter.exceptions import (
+    IllegalTransition,
+    InvalidRequest,
+    KernelExists,
+    KernelNotFound,
+    LimitExceeded,
+    UnknownKernelspec,
+)
+from sorna_jupyter.kernels import Kernel, Kernels
+from sorna_jupyter.live import MemoryLive
+from sorna_jupyter.protocol import Beat, KernelMessage, KernelStatus, Limits
+from sorna_jupyter.registry import Policy, Registry
+
+OWNER = "ada"
+
+
+class Client:
+    """One client session, which remembers what it was told."""
+
+    def __init__(self, kernels: Kernels, kernel_id: str) -> None:
+        self.session_id = uuid.uuid4().hex
+        self.messages: list[KernelMessage] = []
+        self.events: list[tuple[KernelStatus, str]] = []
+        self._news = asyncio.Event()
+        self._attachment = kernels.attach(kernel_id, self.session_id, self, counts=True)
+
+    def on_kernel_message(self, message: KernelMessage) -> None:
+        self.messages.append(message)
+        self._news.set()
+
+    def on_kernel_event(self, kernel: Kernel) -> None:
+        self.events.append((kernel.status, kernel.reason))
+        self._news.set()
+
+    def send(self, msg_type: str, content: dict[str, Any], channel: str = "shell") -> str:
+        msg_id = uuid.uuid4().hex
+        header = {
+            "msg_id": msg_id,
+            "session": self.session_id,
+            "username": OWNER,
+            "date": "2026-01-01T00:00:00.000000Z",
+            "msg_type": msg_type,
+            "version": "5.3",
+        }
+        parts = [header, {}, {}, content]
+        self._attachment.send(channel, [json.dumps(part).encode() for part in parts])
+        return msg_id
+
+    def execute(self, code: str) -> str:
+        return self.send(
+            "execute_request",
+            {"code": code, "silent": False, "store_history": True, "allow_stdin": False},
+        )
+
+    async def until(self, done: Callable[[], bool], timeout: float = 30) -> None:
+        async with asyncio.timeout(timeout):
+            while not done():
+                self._news.clear()
+                await self._news.wait()
+
+    def replies(self, msg_id: str) -> list[KernelMessage]:
+        return [m for m in self.messages if m.session and _parent(m) == msg_id]
+
+    async def reply(self, msg_id: str) -> dict[str, Any]:
+        await self.until(lambda: bool(self.replies(msg_id)))
+        return dict(json.loads(self.replies(msg_id)[0].parts[3]))
+
+    async def output(self, msg_id: str) -> str:
+        """What this request printed, once it is over."""
+
+        def is_over() -> bool:
+            return any(
+                m.msg_type == "status" and b'"idle"' in m.parts[3]
+                for m in self.messages
+                if _parent(m) == msg_id
+            )
+
+        await self.until(is_over)
+        return "".join(
+            json.loads(m.parts[3])["text"]
+            for m in self.messages
+            if m.msg_type == "stream" and _parent(m) == msg_id
+        )
+
+    def close(self) -> None:
+        self._attachment.close()
+
+
+def _parent(message: KernelMessage) -> str:
+    return str(json.loads(message.parts[1]).get("msg_id", ""))
+
+
+class House:
+    """The parts of a gateway that stand below its faces, built as `app` does."""
+
+    def __init__(self, directory: Path, policy: Policy, **times: float) -> None:
+        self.directory = directory
+        self.policy = policy
+        self.times = times
+        public, secret = (key.decode() for key in zmq.curve_keypair())
+        self.keys = KeyPair(public, secret)
+        (directory / "token").write_text("t0ken")
+
+    async def open(self) -> None:
+        self.registry = Registry(f"sqlite:///{self.directory}/registry.sqlite")
+        await self.registry.upgrade()
+        await self.registry.ensure_user(OWNER)
+        self.agents = AgentPool(self.keys)
+        self.kernels = Kernels(
+            registry=self.registry,
+            live=MemoryLive(),
+            agents=self.agents,
+            policy=self.policy,
+            start_wait=30,
+            **self.times,
+        )
+        self.beats: list[Beat] = []
+        self.kernels.on_beat = self.beats.append
+        await self.kernels.load()
+        self.listener = HeartbeatListener(
+            self.keys, "t0ken", [f"ipc://{self.directory}/manager.sock"], self.kernels.hear
+        )
+        await self.listener.start()
+        self.sweep = asyncio.create_task(self.kernels.sweep(0.1))
+
+    async def close(self) -> None:
+        self.sweep.cancel()
+        await self.kernels.close()
+        await self.listener.stop()
+        self.agents.close()
+        await self.registry.close()
+
+    def start_agent(self) -> None:
+        (self.directory / "agent").mkdir(exist_ok=True)
+        settings = AgentSettings(
+            data_dir=self.directory / "agent",
+            runtime_dir=self.directory,
+            manager_address=f"ipc://{self.directory}/manager.sock",
+            manager_key=self.keys.public,
+            join_token_file=self.directory / "token",
+            runtime="local",
+            orphan_timeout=20,
+        )
+        self.agent = EmbeddedAgent(settings)
+        self.agent.start()
+
+    async def stop_agent(self) -> None:
+        for agent in list(self.kernels.agents()):
+            await self.agents.stop_agent(agent, keep_kernels=False)
+        await self.agent.stop()
+
+    @property
+    def agent_pid(self) -> int:
+        return int((self.directory / "agent" / "lock").read_text())
+
+
+@contextlib.asynccontextmanager
+async def a_house(policy: Policy, **times: float) -> AsyncIterator[House]:
+    with tempfile.TemporaryDirectory(prefix="sorna-", dir="/tmp") as directory:
+        house = House(Path(directory), policy, **times)
+        await house.open()
+        house.start_agent()
+        try:
+            yield house
+        finally:
+            await house.stop_agent()
+            await house.close()
+
+
+ANY = Policy(max_kernels=None, default_limits=Limits(memory=4 << 30), max_limits=Limits())
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    async with a_house(ANY) as house:
+        yield house
+
+
+async def until(done: Callable[[], bool], timeout: float = 30) -> None:
+    """For what no event tells: bounded, and without hope for a lucky moment."""
+    async with asyncio.timeout(timeout):
+        while not done():
+            await asyncio.sleep(0.02)
+
+
+async def test_two_clients_see_one_kernel_and_each_gets_its_own_replies(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    one, other = Client(house.kernels, kernel.id), Client(house.kernels, kernel.id)
+
+    first = one.execute("x = 40")
+    assert (await one.reply(first))["status"] == "ok"
+    second = other.execute("print(x + 2)")
+    printed = await one.output(second)
+
+    assert printed == "42\n"
+    assert (await other.reply(second))["execution_count"] == 2
+    assert one.replies(second) == []
+    assert kernel.connections == 2
+    one.close()
+    one.close()
+    assert kernel.connections == 1
+
+
+async def test_a_kernel_has_the_environment_and_the_directory_of_its_request(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER, env={"COLOUR": "blue"}, path="course/week1")
+    client = Client(house.kernels, kernel.id)
+
+    asked = client.execute("import os; print(os.environ['COLOUR'], os.getcwd())")
+    printed = await client.output(asked)
+
+    assert printed.startswith("blue ")
+    assert printed.strip().endswith("course/week1")
+
+
+async def test_execution_state_follows_the_kernel(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+    before = kernel.last_activity
+
+    asked = client.execute("import time\nwhile True: time.sleep(0.05)")
+    await client.until(lambda: kernel.execution_state == "busy")
+    await house.kernels.interrupt(kernel.id)
+
+    assert (await client.reply(asked))["ename"] == "KeyboardInterrupt"
+    await client.until(lambda: kernel.execution_state == "idle")
+    assert kernel.last_activity > before
+
+
+async def test_clients_stay_attached_over_a_restart(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+    await client.reply(client.execute("x = 1"))
+
+    await house.kernels.restart(kernel.id)
+    asked = client.execute("print('x' in globals())")
+
+    assert await client.output(asked) == "False\n"
+    assert [status for status, _ in client.events] == [
+        KernelStatus.RESTARTING,
+        KernelStatus.RUNNING,
+    ]
+    assert house.kernels.get(kernel.id) is kernel
+
+
+async def test_what_is_sent_during_a_restart_waits_for_it(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+
+    restart = asyncio.create_task(house.kernels.restart(kernel.id))
+    await client.until(lambda: kernel.status is KernelStatus.RESTARTING)
+    asked = client.execute("print('patience')")
+    await restart
+
+    assert await client.output(asked) == "patience\n"
+
+
+async def test_a_kernel_that_dies_says_why(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+
+    client.execute("import os; os._exit(7)")
+    await client.until(lambda: kernel.is_over)
+
+    assert client.events[-1][0] is KernelStatus.DEAD
+    assert "exit code 7" in client.events[-1][1]
+    with pytest.raises(KernelNotFound, match="exit code 7"):
+        house.kernels.get(kernel.id)
+    assert house.kernels.owner_of(kernel.id) == OWNER
+
+
+async def test_a_stopped_kernel_is_gone_and_its_clients_know(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+
+    await house.kernels.stop(kernel.id, "enough")
+
+    assert client.events[-1] == (KernelStatus.TERMINATED, "enough")
+    assert house.kernels.list() == []
+    await until(lambda: not any((house.directory / "k").iterdir()))
+    with pytest.raises(KernelNotFound):
+        client.execute("1")
+
+
+async def test_a_repeated_request_gives_the_same_kernel(house: House) -> None:
+    one, other = await asyncio.gather(
+        house.kernels.start(owner=OWNER, idempotency_key="k"),
+        house.kernels.start(owner=OWNER, idempotency_key="k"),
+    )
+
+    assert one is other
+    assert house.kernels.list(OWNER) == [one]
+    with pytest.raises(KernelExists):
+        await house.kernels.start(owner=OWNER, kernel_id=one.id)
+
+
+async def test_an_unknown_kernelspec_names_those_that_there_are(house: House) -> None:
+    with pytest.raises(UnknownKernelspec, match="python3"):
+        await house.kernels.start(owner=OWNER, name="cobol")
+    assert house.kernels.list() == []
+
+
+async def test_a_start_that_fails_leaves_nothing(house: House) -> None:
+    with pytest.raises(InvalidRequest):
+        await house.kernels.start(owner=OWNER, env={"A": "nul\0byte"})
+
+    assert house.kernels.list() == []
+    assert await house.registry.list_kernels() == []
+
+
+async def test_an_idle_kernel_without_clients_is_stopped_and_a_busy_one_is_not(
+    house: House,
+) -> None:
+    idle = await house.kernels.start(owner=OWNER, idle_timeout=1.0)
+    busy = await house.kernels.start(owner=OWNER, idle_timeout=1.0)
+    client = Client(house.kernels, busy.id)
+    client.execute("while True: pass")
+    await client.until(lambda: busy.execution_state == "busy")
+    client.close()
+
+    await until(lambda: idle.is_over)
+
+    assert idle.reason == "idle for 1 s"
+    assert not busy.is_over
+
+
+async def test_a_killed_agent_comes_back_and_its_kernels_never_stopped(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+    await client.reply(client.execute("x = 5"))
+    killed = house.agent_pid
+
+    os.kill(killed, signal.SIGKILL)
+    # The relay is another process: messages go on while there is no agent.
+    assert await client.output(client.execute("print(x)")) == "5\n"
+    await until(lambda: house.agent_pid != killed)
+    beats = len(house.beats)
+    await until(lambda: len(house.beats) > beats)
+
+    assert await client.output(client.execute("print(x + 1)")) == "6\n"
+    await house.kernels.interrupt(kernel.id)
+    assert kernel.status is KernelStatus.RUNNING
+
+
+async def test_a_gateway_that_was_killed_is_replaced_and_adopts_the_kernels(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+    await client.reply(client.execute("x = 'kept'"))
+
+    await house.close()
+    await house.open()
+    adopted = house.kernels.get(kernel.id)
+    again = Client(house.kernels, kernel.id)
+
+    assert await again.output(again.execute("print(x)")) == "kept\n"
+    assert adopted.status is KernelStatus.RUNNING
+    assert adopted.owner == OWNER
+
+
+async def test_kernels_of_a_silent_agent_are_lost_and_come_back_with_it() -> None:
+    async with a_house(ANY, lost_agent_timeout=4.0) as house:
+        kernel = await house.kernels.start(owner=OWNER)
+        client = Client(house.kernels, kernel.id)
+
+        os.kill(house.agent_pid, signal.SIGSTOP)
+        await client.until(lambda: kernel.status is KernelStatus.LOST)
+        os.kill(house.agent_pid, signal.SIGCONT)
+        await client.until(lambda: kernel.status is KernelStatus.RUNNING)
+
+        assert await client.output(client.execute("print('back')")) == "back\n"
+
+
+async def test_limits_above_the_policy_are_refused_not_cut() -> None:
+    policy = Policy(
+        max_kernels=1,
+        default_limits=Limits(memory=1 << 30, pids=200),
+        max_limits=Limits(memory=2 << 30, pids=200),
+    )
+    async with a_house(policy) as house:
+        with pytest.raises(LimitExceeded, match="memory"):
+            await house.kernels.start(owner=OWNER, limits=Limits(memory=3 << 30))
+        kernel = await house.kernels.start(owner=OWNER, limits=Limits(memory=2 << 30))
+        with pytest.raises(LimitExceeded):
+            await house.kernels.start(owner=OWNER)
+
+        assert kernel.limits == Limits(memory=2 << 30, pids=200)
+
+
+async def test_restarting_a_kernel_that_is_being_restarted_waits_or_is_refused(
+    house: House,
+) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+
+    results = await asyncio.gather(
+        house.kernels.restart(kernel.id), house.kernels.restart(kernel.id), return_exceptions=True
+    )
+
+    assert all(result is None or isinstance(result, IllegalTransition) for result in results)
+    assert await client.output(client.execute("print('fine')")) == "fine\n"
+
+
+async def test_an_agent_with_a_wrong_join_token_is_refused(house: House) -> None:
+    await until(lambda: bool(house.beats))
+    (house.directory / "wrong").write_text("guess")
+    (house.directory / "other").mkdir()
+    settings = AgentSettings(
+        data_dir=house.directory / "other",
+        runtime_dir=house.directory / "other",
+        manager_address=f"ipc://{house.directory}/manager.sock",
+        manager_key=house.keys.public,
+        join_token_file=house.directory / "wrong",
+        runtime="local",
+        orphan_timeout=20,
+    )
+    process = await asyncio.create_subprocess_exec(
+        *settings.argv(), stderr=asyncio.subprocess.PIPE, start_new_session=True
+    )
+
+    async with asyncio.timeout(30):
+        _, said = await process.communicate()
+
+    assert process.returncode not in (0, None)
+    assert b"wrong join token" in said
+    assert len(list(house.kernels.agents())) == 1
