@@ -8,6 +8,7 @@ must, and contents are never re-encoded. Used by `websocket`, on either end of a
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import Protocol
 
@@ -74,8 +75,6 @@ class V1Framing:
         if isinstance(frame, str):
             raise MalformedFrame(f"{V1_PROTOCOL} has no text frames", UNSUPPORTED_DATA)
         channel, *parts = _slices(frame, self._offsets(frame))
-        if len(parts) < JSON_PARTS:
-            raise MalformedFrame(f"The message has {len(parts)} parts; it needs {JSON_PARTS}")
         return _channel_name(channel), parts
 
     def _offsets(self, frame: bytes) -> tuple[int, ...]:
@@ -85,7 +84,9 @@ class V1Framing:
         if 8 * (count + 1) > len(frame):
             raise MalformedFrame(f"The frame has no room for {count} offsets")
         offsets = struct.unpack_from(f"<{count}Q", frame, 8)
-        if offsets and offsets[0] < 8 * (count + 1):
+        if count < 2 + JSON_PARTS:
+            raise MalformedFrame(f"The frame has {count} offsets; it needs {2 + JSON_PARTS}")
+        if offsets[0] < 8 * (count + 1):
             raise MalformedFrame("The first offset points into the offsets")
         return offsets
 
@@ -125,14 +126,31 @@ class LegacyFraming:
         text, buffers = (frame, []) if isinstance(frame, str) else self._split(frame)
         try:
             message = self._decoder.decode(text)
-        except (msgspec.DecodeError, UnicodeError) as error:
-            raise MalformedFrame(f"The message is malformed: {error}") from error
+        except msgspec.DecodeError as error:
+            message = self._decode_surrogates(text, error)
+        except RecursionError as error:
+            raise MalformedFrame("The message is nested too deeply") from error
         parts = (message.header, message.parent_header, message.metadata, message.content)
         # Front-ends that predate the v1 framing may leave out the channel; they mean shell.
         channel = "shell" if message.channel is None else message.channel
         return channel, [*map(_object, parts), *buffers]
 
-    def _split(self, frame: bytes) -> tuple[bytes, list[bytes]]:
+    def _decode_surrogates(self, text: str, error: msgspec.DecodeError) -> _LegacyMessage:
+        """Browsers write half a character as `\\ud83d`, which is JSON but not for msgspec."""
+        try:
+            fields = json.loads(text) if "\\ud" in text else None
+            if not isinstance(fields, dict) or "header" not in fields:
+                raise ValueError("no message")
+            channel = fields.pop("channel", None)
+            if not isinstance(channel, str | None):
+                raise ValueError("no channel")
+        except (ValueError, RecursionError):
+            raise MalformedFrame(f"The message is malformed: {error}") from error
+        parts = {name: msgspec.Raw(json.dumps(part).encode()) for name, part in fields.items()}
+        known = parts.keys() & set(_LegacyMessage.__struct_fields__)
+        return _LegacyMessage(channel=channel, **{name: parts[name] for name in known})
+
+    def _split(self, frame: bytes) -> tuple[str, list[bytes]]:
         if len(frame) < 4:
             raise MalformedFrame("The frame is too short")
         count = int.from_bytes(frame[:4], "big")
@@ -142,7 +160,10 @@ class LegacyFraming:
         if offsets[0] < 4 * (count + 1):
             raise MalformedFrame("The first offset points into the offsets")
         text, *buffers = _slices(frame, (*offsets, len(frame)))
-        return text, buffers
+        try:
+            return text.decode(), buffers
+        except UnicodeDecodeError as error:
+            raise MalformedFrame("The message is no UTF-8") from error
 
     def encode(self, channel: str, parts: list[bytes]) -> bytes | str:
         header, parent, metadata, content, *buffers = parts
@@ -192,7 +213,7 @@ LEGACY = LegacyFraming()
 def _slices(frame: bytes, offsets: tuple[int, ...]) -> list[bytes]:
     if any(start > end for start, end in zip(offsets, offsets[1:], strict=False)):
         raise MalformedFrame("The offsets do not ascend")
-    if not offsets or offsets[-1] > len(frame):
+    if offsets[-1] > len(frame):
         raise MalformedFrame("An offset points beyond the frame")
     return [frame[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
 
