@@ -64,6 +64,12 @@ class Registry(Database):
     def list_users(self, db: Session) -> list[UserRow]:
         return [user.row() for user in db.scalars(select(models.User).order_by(models.User.name))]
 
+    @reading
+    def is_admin(self, db: Session, name: str) -> bool:
+        """False for a name that nobody has."""
+        user = db.get(models.User, name)
+        return user is not None and user.is_admin
+
     @writing
     def create_token(self, db: Session, user_name: str, label: str = "") -> str:
         """A new token of this user. It is stored as a digest, so nobody can show it again."""
@@ -263,7 +269,8 @@ class Registry(Database):
         return kernel.row(), True
 
     # Each of these refuses an illegal move (`IllegalTransition`); what is so already, or is
-    # over, stays as it is and keeps its first reason.
+    # over, stays as it is and keeps its first reason. What the agent knows first, it may also
+    # tell first: the beat and the mark then agree, in either order.
 
     async def mark_running(self, kernel_id: str, *, now: float | None = None) -> KernelRow:
         return await self._mark(kernel_id, KernelStatus.RUNNING, "", now)
@@ -295,6 +302,7 @@ class Registry(Database):
             raise KernelNotFound(kernel_id)
         old = KernelStatus(kernel.status)
         if old is status or (old.is_final and status.is_final):
+            kernel.reason = kernel.reason or reason
             return kernel.row()
         return steps.move_kernel(db, kernel, status, reason, time.time() if now is None else now)
 
@@ -347,15 +355,17 @@ class Registry(Database):
         *,
         id: str | None = None,
         path: str | None = None,
+        name: str | None = None,
+        type: str | None = None,
         kernel_id: str | None = None,
         owner: str | None = None,
     ) -> SessionRow:
         """The session that matches everything given."""
-        wanted = {"id": id, "path": path, "kernel_id": kernel_id, "owner": owner}
-        query = select(models.Session).filter_by(
-            **{field: value for field, value in wanted.items() if value is not None}
-        )
-        session = db.scalars(query.order_by(models.Session.id).limit(1)).first()
+        wanted = dict(id=id, path=path, name=name, type=type, kernel_id=kernel_id, owner=owner)
+        given = {field: value for field, value in wanted.items() if value is not None}
+        steps.check_text(longest=None, **given)
+        query = select(models.Session).filter_by(**given).order_by(models.Session.id).limit(1)
+        session = db.scalars(query).first()
         if session is None:
             raise SessionNotFound()
         return session.row()

@@ -36,9 +36,11 @@ LIVE = [status.value for status in KernelStatus if not status.is_final]
 LONGEST_ID = 255
 
 
-def check_text(*, longest: int | None = LONGEST_ID, **texts: str) -> None:
+def check_text(*, longest: int | None = LONGEST_ID, **texts: object) -> None:
     """Refuse what a database cannot hold, naming it."""
     for name, text in texts.items():
+        if not isinstance(text, str):
+            raise InvalidRequest(f"The {name} must be text")
         if longest and len(text) > longest:
             raise InvalidRequest(f"The {name} may have at most {longest} characters")
         if "\0" in text or not text.isascii() and _has_surrogates(text):
