@@ -69,6 +69,7 @@ setup(
             "numpy",
             "pandas",
             "matplotlib",
+            "jsonschema",
             "openapi-spec-validator",
             "pexpect>=4.9",
             "selenium>=4.51",

@@ -8,6 +8,7 @@ means is decided by `kernels.Kernels`; nothing here knows the registry.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import os
 import socket
@@ -18,6 +19,7 @@ from typing import TypeVar, cast
 
 import zmq
 import zmq.asyncio
+import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from sorna_jupyter import protocol
@@ -91,7 +93,7 @@ class HeartbeatListener:
         for endpoint in self._endpoints:
             self._socket.bind(endpoint)
             if endpoint.startswith("tcp"):
-                self.address = self._socket.last_endpoint.decode().rstrip("\0")
+                self.address = _bound_to(self._socket)
         self._loop = asyncio.create_task(self._listen(), name="heartbeat listener")
 
     async def stop(self) -> None:
@@ -126,7 +128,9 @@ class HeartbeatListener:
         try:
             beat = protocol.decode_beat(data)
         except ValueError as error:
-            return BeatReply(accepted=False, reason=f"not a beat of version {protocol.VERSION}: {error}")
+            return BeatReply(
+                accepted=False, reason=f"not a beat of version {protocol.VERSION}: {error}"
+            )
         if beat.version != protocol.VERSION:
             return BeatReply(
                 accepted=False,
@@ -140,9 +144,13 @@ class HeartbeatListener:
         return await self._on_beat(beat)
 
 
-def _same_secret(one: str, other: str) -> bool:
-    import hmac
+def _bound_to(socket: zmq.asyncio.Socket) -> str:
+    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return endpoint.rstrip(b"\0").decode()
 
+
+def _same_secret(one: str, other: str) -> bool:
     return hmac.compare_digest(one.encode(), other.encode())
 
 
@@ -269,7 +277,7 @@ class _AgentLink:
         self._socket.reconnect_ivl = 50
         self._keys.secure(self._socket, agent.public_key)
         self._socket.connect(_best_address(agent))
-        self._fd = self._socket.getsockopt(zmq.FD)
+        self._fd = cast(int, self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
 
     def is_outdated(self, agent: AgentRow) -> bool:

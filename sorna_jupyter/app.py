@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import zmq
 from jupyter_server.extension.application import ExtensionApp
@@ -26,6 +26,7 @@ from traitlets.config import Config
 
 from sorna_jupyter import __version__, places
 from sorna_jupyter.agents import AgentPool, HeartbeatListener, KeyPair
+from sorna_jupyter.auth import SornaIdentityProvider
 from sorna_jupyter.console import ServerConsole
 from sorna_jupyter.embedded import AgentSettings, EmbeddedAgent
 from sorna_jupyter.exceptions import AlreadyRunning, SornaError, Unavailable
@@ -199,10 +200,12 @@ class SornaApp(ExtensionApp):
         arguments = list(sys.argv[1:] if argv is None else argv)
         cls.load_other_extensions = "--headless" not in arguments
         # Jupyter Server's own life cycle is of no interest here unless something is wrong.
-        super().launch_instance(["--ServerApp.log_level=WARNING", *arguments], **kwargs)
+        super().launch_instance(  # type: ignore[no-untyped-call]
+            ["--ServerApp.log_level=WARNING", *arguments], **kwargs
+        )
 
     def _jupyter_server_config(self) -> Config:
-        config: dict[str, Any] = super()._jupyter_server_config()
+        config: dict[str, Any] = super()._jupyter_server_config()  # type: ignore[no-untyped-call]
         server = config["ServerApp"]
         assert self.serverapp is not None
         server.setdefault("tornado_settings", {}).update(
@@ -263,13 +266,16 @@ class SornaApp(ExtensionApp):
             sorna_registry=self.registry,
             sorna_headless=self.headless,
         )
-        assert self.serverapp is not None
-        self.serverapp.kernel_manager.kernels = self.kernels
-        self.serverapp.kernel_spec_manager.kernels = self.kernels
-        self.serverapp.session_manager.registry = self.registry
-        self.serverapp.identity_provider.registry = self.registry
-        self.serverapp.authorizer.kernels = self.kernels
-        self.serverapp.authorizer.registry = self.registry
+        self._hand_out(self.serverapp)
+
+    def _hand_out(self, serverapp: Any) -> None:
+        """jupyter_server has made our classes before our parts were there."""
+        serverapp.kernel_manager.kernels = self.kernels
+        serverapp.kernel_spec_manager.kernels = self.kernels
+        serverapp.session_manager.registry = self.registry
+        serverapp.identity_provider.registry = self.registry
+        serverapp.authorizer.kernels = self.kernels
+        serverapp.authorizer.registry = self.registry
 
     def initialize_handlers(self) -> None:
         self.handlers.extend(jupyter.handlers(headless=self.headless))
@@ -285,7 +291,8 @@ class SornaApp(ExtensionApp):
 
     async def _start_parts(self, serverapp: ServerApp) -> None:
         await self.registry.upgrade()
-        await self.registry.ensure_user(serverapp.identity_provider.local_user, is_admin=True)
+        identity = cast(SornaIdentityProvider, serverapp.identity_provider)
+        await self.registry.ensure_user(identity.local_user, is_admin=True)
         await self.kernels.load()
         await self.listener.start()
         self._sweep = asyncio.create_task(self.kernels.sweep(), name="sweep")
@@ -398,7 +405,7 @@ class SornaApp(ExtensionApp):
         """Our modules log under their own names; show that where Jupyter shows its own."""
         assert self.serverapp is not None
         ours = logging.getLogger("sorna_jupyter")
-        ours.setLevel(min(self.serverapp.log_level, logging.INFO))
+        ours.setLevel(min(self.serverapp.log.level, logging.INFO))
         for handler in self.serverapp.log.handlers:
             if handler not in ours.handlers:
                 ours.addHandler(handler)

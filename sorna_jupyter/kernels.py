@@ -1,7 +1,7 @@
 """The one service that every face uses: start, stop, interrupt, restart, attach.
 
 What is true stands in the registry; `Kernels` keeps a view of it (`Kernel`, one object a kernel)
-that faces may read without waiting, refreshed by every agent's beat and by what passes through here.
+that faces may read without waiting, refreshed by every agent's beat and by what passes here.
 """
 
 from __future__ import annotations

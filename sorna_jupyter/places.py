@@ -10,12 +10,12 @@ from jupyter_core.paths import jupyter_data_dir
 
 
 def data_dir() -> Path:
-    """Registry, keys, credentials: in Jupyter's data directory, so that `JUPYTER_DATA_DIR` moves it."""
+    """Registry, keys, credentials: in Jupyter's data directory; `JUPYTER_DATA_DIR` moves it."""
     return Path(jupyter_data_dir()) / "sorna"
 
 
 def runtime_dir(data: Path) -> Path:
-    """Sockets. A short path, because `ipc` addresses may have 107 bytes; one for each data directory.
+    """Sockets: a short path, as `ipc` addresses have 107 bytes; one for each data directory.
 
     `SORNA_RUNTIME_DIR` sets it; else it lies in `XDG_RUNTIME_DIR` or `/tmp`.
     """

@@ -50,7 +50,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     """Base of everything that crosses: immutable, compared by value."""
 
 
-class Limits(Message, forbid_unknown_fields=True):
+class Limits(Message, frozen=True, forbid_unknown_fields=True):
     """What one kernel may use. None: the agent's default for its runtime."""
 
     memory: int | None = None
@@ -78,7 +78,7 @@ def parse_size(size: int | str) -> int:
     return int(float(number) * 1024 ** " kmgt".index(unit.lower() or " "))
 
 
-class Slots(Message):
+class Slots(Message, frozen=True):
     """What an agent has to give in all."""
 
     cpus: float
@@ -93,7 +93,7 @@ class ImageState(enum.StrEnum):
     FAILED = "failed"
 
 
-class ImageStatus(Message):
+class ImageStatus(Message, frozen=True):
     """One image on one agent, with the kernelspec from its label `org.sorna.kernelspec`."""
 
     name: str
@@ -112,7 +112,7 @@ class ImageStatus(Message):
     """PNG, 64x64; empty where the image has none"""
 
 
-class KernelReport(Message):
+class KernelReport(Message, frozen=True):
     """What an agent says of one kernel in each beat."""
 
     kernel_id: str
@@ -129,7 +129,7 @@ class KernelReport(Message):
 # -- heartbeat -------------------------------------------------------------------------------
 
 
-class Beat(Message, kw_only=True):
+class Beat(Message, frozen=True, kw_only=True):
     """Agent → gateway, every few seconds and at once when something changed."""
 
     agent_id: str
@@ -153,7 +153,7 @@ class Beat(Message, kw_only=True):
     opened again, and sequence numbers begin anew"""
 
 
-class BeatReply(Message):
+class BeatReply(Message, frozen=True):
     """Gateway → agent: what it must stop, or why it is not welcome."""
 
     accepted: bool
@@ -165,29 +165,29 @@ class BeatReply(Message):
 # -- RPC -------------------------------------------------------------------------------------
 
 
-class KernelStarted(Message):
+class KernelStarted(Message, frozen=True):
     """A kernel answers: the content of its `kernel_info_reply`."""
 
     kernel_info: dict[str, Any]
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """It is done, and there is nothing else to say."""
 
 
-class KernelLog(Message):
+class KernelLog(Message, frozen=True):
     """What the kernel's process wrote to its own stdout and stderr, newest last."""
 
     text: str
 
 
-class Request(Message, tag=True):
+class Request(Message, frozen=True, tag=True):
     """What a gateway can ask of an agent; `Reply` is what comes back."""
 
     Reply: ClassVar[type[Message]] = Done
 
 
-class CreateKernel(Request):
+class CreateKernel(Request, frozen=True):
     """Start a kernel and wait until it answers. Safe to repeat: the same id is the same kernel."""
 
     Reply: ClassVar[type[Message]] = KernelStarted
@@ -204,7 +204,7 @@ class CreateKernel(Request):
     """seconds from the container's start to its first kernel_info_reply; building is not counted"""
 
 
-class RestartKernel(Request):
+class RestartKernel(Request, frozen=True):
     """Same id, same environment, new process; clients stay attached."""
 
     Reply: ClassVar[type[Message]] = KernelStarted
@@ -213,32 +213,32 @@ class RestartKernel(Request):
     start_timeout: float = 60.0
 
 
-class InterruptKernel(Request):
+class InterruptKernel(Request, frozen=True):
     """By `interrupt_request` on the control channel or by SIGINT, as the kernelspec says."""
 
     kernel_id: str
 
 
-class DestroyKernel(Request):
+class DestroyKernel(Request, frozen=True):
     """Stop it and remove what it had. Safe to repeat; an unknown id is already done."""
 
     kernel_id: str
 
 
-class ReadKernelLog(Request):
+class ReadKernelLog(Request, frozen=True):
     Reply: ClassVar[type[Message]] = KernelLog
 
     kernel_id: str
     lines: int = 200
 
 
-class BuildImages(Request):
+class BuildImages(Request, frozen=True):
     """Build what is missing of these (all, if empty); progress shows in the beats."""
 
     names: list[str] = []
 
 
-class StopAgent(Request):
+class StopAgent(Request, frozen=True):
     """Stop all kernels, then the agent itself; the reply comes when the kernels are gone.
 
     With `keep_kernels`: the gateway goes, everything here runs on, and silence is not counted
@@ -259,7 +259,7 @@ AnyRequest = (
 )
 
 
-class Failure(Message, tag="Failure"):
+class Failure(Message, frozen=True, tag="Failure"):
     """The agent could not: the name of a `SornaError` and its message."""
 
     error: str

@@ -6,4 +6,5 @@ from __future__ import annotations
 def main(argv: list[str]) -> int:
     from sorna_agent.app import main as run_agent
 
-    return int(run_agent(argv) or 0)
+    run_agent(argv)
+    return 0

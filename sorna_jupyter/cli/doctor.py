@@ -179,4 +179,3 @@ def _gateway() -> Finding:
     if running:
         return Finding("server", "ok", f"runs at {running[0]}")
     return Finding("server", "ok", "not running")
-

@@ -11,6 +11,7 @@ import msgspec
 from jupyter_server.auth.decorator import authorized
 from tornado import web
 
+from sorna_jupyter.auth import is_admin
 from sorna_jupyter.exceptions import NotAllowed
 from sorna_jupyter.http import SornaAPIHandler
 from sorna_jupyter.kernels import Kernel
@@ -27,8 +28,8 @@ class NewToken(msgspec.Struct, forbid_unknown_fields=True):
 class OperationsHandler(SornaAPIHandler):
     auth_resource = AUTH_RESOURCE
 
-    async def require_admin(self) -> None:
-        if not await self.registry.is_admin(self.username):
+    def require_admin(self) -> None:
+        if not is_admin(self.current_user):
             raise NotAllowed("Only an admin may do that")
 
 
@@ -39,7 +40,7 @@ class KernelsHandler(OperationsHandler):
         """The caller's kernels with what they may use; `?all=1`: everyone's, for admins."""
         owner: str | None = self.username
         if self.get_argument("all", ""):
-            await self.require_admin()
+            self.require_admin()
             owner = None
         self.write_json([_row(kernel) for kernel in self.kernels.list(owner)])
 
@@ -79,7 +80,7 @@ class ImagesHandler(OperationsHandler):
     @authorized
     async def post(self) -> None:
         """Build what is missing or failed. 202: progress stands in GET."""
-        await self.require_admin()
+        self.require_admin()
         await self.kernels.build_images()
         self.write_json({}, 202)
 
@@ -88,7 +89,7 @@ class AgentsHandler(OperationsHandler):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        await self.require_admin()
+        self.require_admin()
         self.write_json(
             [
                 {
@@ -109,14 +110,14 @@ class TokensHandler(OperationsHandler):
     @web.authenticated
     @authorized
     async def get(self) -> None:
-        await self.require_admin()
+        self.require_admin()
         self.write_json(await self.registry.list_tokens())
 
     @web.authenticated
     @authorized
     async def post(self) -> None:
         """A new token for a user, who is created if need be. It is shown this once."""
-        await self.require_admin()
+        self.require_admin()
         request = self.body(NewToken)
         await self.registry.ensure_user(request.user)
         token = await self.registry.create_token(request.user, request.label)
@@ -127,7 +128,7 @@ class TokenHandler(OperationsHandler):
     @web.authenticated
     @authorized
     async def delete(self, token_id: str) -> None:
-        await self.require_admin()
+        self.require_admin()
         await self.registry.revoke_token(token_id)
         self.set_status(204)
         self.finish()

@@ -44,11 +44,10 @@ class Server:
 
     def get(self, path: str) -> Any:
         """The JSON at `path`, e.g. `/api/kernelspecs`."""
-        answer = self._ask("GET", self.url + path)
-        try:
-            return json.loads(answer)
-        except ValueError as error:
-            raise SornaError(f"{self.url} is not a Jupyter server") from error
+        return self._parse(self._ask("GET", self.url + path))
+
+    def post(self, path: str, body: Any) -> Any:
+        return self._parse(self._ask("POST", self.url + path, json.dumps(body).encode()))
 
     def delete(self, path: str) -> None:
         self._ask("DELETE", self.url + path)
@@ -60,8 +59,15 @@ class Server:
         parts = urlsplit(self.url)
         return self._ask("GET", f"{parts.scheme}://{parts.netloc}{path_from_root}")
 
-    def _ask(self, method: str, url: str) -> bytes:
-        request = Request(url, method=method, headers={"Authorization": f"token {self._token}"})
+    def _parse(self, answer: bytes) -> Any:
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise SornaError(f"{self.url} is not a Jupyter server") from error
+
+    def _ask(self, method: str, url: str, body: bytes | None = None) -> bytes:
+        headers = {"Authorization": f"token {self._token}", "Content-Type": "application/json"}
+        request = Request(url, data=body, method=method, headers=headers)
         try:
             with self._opener.open(request, timeout=self._timeout) as answer:
                 return bytes(answer.read(MAX_ANSWER))
