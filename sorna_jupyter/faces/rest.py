@@ -238,6 +238,8 @@ def _at_cursor(body: Complete) -> dict[str, Any]:
 class HealthHandler(SornaAPIHandler):
     """For load balancers and probes; needs no authentication and tells nothing."""
 
+    auth_resource = "api"
+
     _track_activity = False
 
     @allow_unauthenticated
