@@ -193,6 +193,11 @@ async def test_a_token_stands_nowhere_in_the_database(tmp_path):
     assert token.removeprefix("sorna_").encode() not in stored
 
 
+async def test_a_tokens_label_is_text(registry):
+    with pytest.raises(InvalidRequest, match="label"):
+        await registry.create_token("ada", "nul\0")
+
+
 async def test_nobody_gets_a_token_without_being_a_user(registry):
     with pytest.raises(NotFound, match="eve"):
         await registry.create_token("eve")
@@ -559,6 +564,19 @@ async def test_kernels_of_a_silent_agent_are_lost_and_come_back_with_it(registry
         ("k1", "running", "")
     ]
     assert (await registry.get_agent("agent-1")).status == "alive"
+
+
+async def test_after_a_pause_of_everything_kernels_are_lost_first_and_not_given_up(registry):
+    await run(registry)
+    next_day = NOW + 24 * 3600
+
+    lost = await registry.mark_lost_agents(15.0, next_day)
+    ended = await registry.end_lost_kernels(300.0, next_day)
+    back = await registry.record_beat(beat(said("k1", "running")), next_day + 3)
+
+    assert [row.status.value for row in lost] == ["lost"]
+    assert ended == []
+    assert [row.status.value for row in back.changed] == ["running"]
 
 
 async def test_several_gateways_sweep_at_once_and_one_of_them_finds_the_lost(registry):

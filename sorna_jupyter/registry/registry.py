@@ -73,6 +73,7 @@ class Registry(Database):
     @writing
     def create_token(self, db: Session, user_name: str, label: str = "") -> str:
         """A new token of this user. It is stored as a digest, so nobody can show it again."""
+        steps.check_text(longest=None, label=label)
         if db.get(models.User, user_name) is None:
             raise NotFound(f"No user is named {user_name!r}")
         token = "sorna_" + secrets.token_urlsafe(32)
