@@ -236,9 +236,11 @@ def expand_argv(argv: Sequence[str], values: Mapping[str, str]) -> list[str]:
     return [pattern.sub(lambda m: values.get(m[1], m[0]), argument) for argument in argv]
 
 
-def write_connection_file(launch: Launch, ip: str, kernel_name: str) -> Path:
-    """The connection file, 0600, in the kernel's directory; `ip` is the kernel's view of it."""
-    path = launch.directory / CONNECTION_FILE
+def write_connection_file(
+    launch: Launch, ip: str, kernel_name: str, directory: Path | None = None
+) -> Path:
+    """The connection file, 0600, in `directory`, if not the launch's; `ip` as the kernel sees it."""
+    path = (directory or launch.directory) / CONNECTION_FILE
     content = {
         "transport": "ipc",
         "ip": ip,

@@ -30,10 +30,8 @@ import docker
 import docker.errors
 import requests
 import urllib3.exceptions
-from docker.types import Mount, Ulimit
 
 from sorna_agent.runtimes import (
-    CONNECTION_FILE,
     DEFAULT_LIMITS,
     PORTS,
     SOCKET_PREFIX,
@@ -43,12 +41,22 @@ from sorna_agent.runtimes import (
     check_env,
     check_path,
     death_reason,
-    expand_argv,
-    expand_env,
     fill_limits,
     remove_directory,
     remove_sockets,
     write_connection_file,
+)
+from sorna_agent.runtimes.container import (
+    AGENT_LABEL,
+    INSIDE,
+    KERNEL_LABEL,
+    MIN_MEMORY,
+    Identity,
+    choose_identity,
+    container_name,
+    container_options,
+    hand_over,
+    seal_when_bound,
 )
 from sorna_agent.runtimes.images import (
     FOLDER_LABEL,
@@ -75,24 +83,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-KERNEL_LABEL = "sorna.kernel-id"
-AGENT_LABEL = "sorna.agent-id"
-OWNER_LABEL = "sorna.owner"
-
-INSIDE = "/run/sorna"
-HOME = "/home/sorna"
-UID = 1000
-CPU_PERIOD = 100_000  # microseconds
-MIN_MEMORY = 64 << 20
-
-# argv follows as positional parameters, so nothing of it is ever parsed by the shell.
-LAUNCHER = """\
-cp -R /etc/skel/. "$HOME"/ 2>/dev/null
-mkdir -p -- "$HOME/$1" && cd -- "$HOME/$1" && shift && exec "$@"
-"""
-
 OUR_IMAGES = Path(str(resources.files("sorna_kernelspecs")))
-SECCOMP = (Path(__file__).parent / "seccomp.json").read_text()
 
 
 @dataclass
@@ -209,8 +200,11 @@ class DockerRuntime(Runtime):
                     self._build(folder, on_change), name=f"build {folder.name}"
                 )
                 self._builds[folder.name] = running
-                running.add_done_callback(lambda _, name=folder.name: self._builds.pop(name, None))
+                running.add_done_callback(functools.partial(self._forget_build, folder.name))
             await asyncio.shield(running)
+
+    def _forget_build(self, name: str, _: asyncio.Task[None]) -> None:
+        self._builds.pop(name, None)
 
     async def _build(self, folder: ImageFolder, on_change: Callable[[], None]) -> None:
         def show(state: ImageState, **fields: Any) -> None:
@@ -280,7 +274,7 @@ class DockerRuntime(Runtime):
         launch = kernel.launch
         identity = self._engine.identity(client)
         path = write_connection_file(launch, f"{INSIDE}/{SOCKET_PREFIX}", launch.image)
-        _hand_over(launch.directory, path, identity)
+        hand_over(launch.directory, path, identity)
         cores = float(self._engine.info(client)["NCPU"]) if limits.cpus is None else limits.cpus
         options = container_options(launch, image, limits, cores, identity, self.agent_id)
         name = container_name(launch.kernel_id)
@@ -320,7 +314,7 @@ class DockerRuntime(Runtime):
             client.api.wait(name, timeout=30)
             remove_sockets(launch.directory)
             path = write_connection_file(launch, f"{INSIDE}/{SOCKET_PREFIX}", launch.image)
-            _hand_over(launch.directory, path, self._engine.identity(client))
+            hand_over(launch.directory, path, self._engine.identity(client))
             client.api.start(name)
         except docker.errors.NotFound as error:
             raise KernelStartFailed("its container is gone") from error
@@ -397,7 +391,7 @@ class DockerRuntime(Runtime):
         # It may have died before `is_alive` said that we care.
         self._spawn(self._check(kernel.launch.kernel_id))
         if os.geteuid() == 0:
-            kernel.sealing = asyncio.create_task(_seal_when_bound(kernel.launch.directory))
+            kernel.sealing = asyncio.create_task(seal_when_bound(kernel.launch.directory))
 
     # -- deaths --
 
@@ -477,135 +471,6 @@ class DockerRuntime(Runtime):
         return await loop.run_in_executor(
             self._pool, lambda: self._engine.call(function, *arguments)
         )
-
-
-def container_name(kernel_id: str) -> str:
-    return f"sorna-kernel-{kernel_id}"
-
-
-def container_options(
-    launch: Launch,
-    image: ImageStatus,
-    limits: Limits,
-    cores: float,
-    identity: Identity,
-    agent_id: str,
-) -> dict[str, Any]:
-    """The container contract, as arguments of the SDK's `create`."""
-    assert limits.memory and limits.disk
-    # Everything on a tmpfs counts as memory: home, /tmp and shm together must fit in below it.
-    disk = min(limits.disk, limits.memory // 3)
-    shm = min(64 << 20, limits.memory // 8)
-    base_env = {"HOME": HOME, "USER": "sorna", "LOGNAME": "sorna", "LANG": "C.UTF-8"}
-    tmpfs = f"rw,nosuid,nodev,exec,size={disk}"
-    return {
-        "entrypoint": ["/bin/sh", "-c", LAUNCHER, "sh", check_path(launch.path)],
-        "command": expand_argv(
-            image.spec["argv"], {"connection_file": f"{INSIDE}/{CONNECTION_FILE}"}
-        ),
-        "environment": {
-            **base_env,
-            **expand_env(image.spec.get("env", {}), base_env),
-            **check_env(launch.env),
-        },
-        "labels": {
-            KERNEL_LABEL: launch.kernel_id,
-            AGENT_LABEL: agent_id,
-            OWNER_LABEL: launch.owner,
-        },
-        "working_dir": HOME,
-        "user": f"{identity.uid}:{identity.gid}",
-        "mounts": [Mount(INSIDE, str(launch.directory), type="bind")],
-        "network_mode": "none",
-        "read_only": True,
-        "tmpfs": {
-            HOME: f"{tmpfs},mode=0700,uid={identity.uid},gid={identity.gid}",
-            "/tmp": f"{tmpfs},mode=1777",
-        },
-        "ipc_mode": "private",
-        "shm_size": shm,
-        "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges", f"seccomp={SECCOMP}"],
-        "init": True,
-        "mem_limit": limits.memory,
-        "memswap_limit": limits.memory,
-        "cpu_period": CPU_PERIOD,
-        "cpu_quota": max(1000, int(cores * CPU_PERIOD)),
-        "pids_limit": limits.pids,
-        "ulimits": [
-            Ulimit(name="nofile", soft=4096, hard=16384),
-            Ulimit(name="fsize", soft=limits.disk, hard=limits.disk),
-            Ulimit(name="core", soft=0, hard=0),
-        ],
-        "log_config": {"type": "json-file", "config": {"max-size": "1m", "max-file": "2"}},
-        "healthcheck": {"test": ["NONE"]},
-        "restart_policy": {"Name": "no"},
-    }
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who the kernel is, in the container and seen from the host."""
-
-    uid: int
-    gid: int
-    host_uid: int
-    host_gid: int
-
-
-def choose_identity(info: dict[str, Any], agent_uid: int, agent_gid: int) -> Identity:
-    """An ordinary user whose files the agent can reach: uid 1000 for an agent that is root, and
-    may therefore hand over the directory; otherwise the agent's own user."""
-    options = [str(option) for option in info.get("SecurityOptions") or ()]
-    if any("rootless" in option for option in options):
-        # Root of a rootless engine's containers *is* the unprivileged user who runs the engine.
-        return Identity(0, 0, agent_uid, agent_gid)
-    if agent_uid != 0:
-        return Identity(agent_uid, agent_gid, agent_uid, agent_gid)
-    shift_uid = shift_gid = 0
-    if any("userns" in option for option in options):
-        # The engine names its root folder after the first uid and gid of its mapping.
-        uid, dot, gid = Path(info.get("DockerRootDir", "")).name.partition(".")
-        if dot and uid.isdigit() and gid.isdigit():
-            shift_uid, shift_gid = int(uid), int(gid)
-    return Identity(UID, UID, shift_uid + UID, shift_gid + UID)
-
-
-def _hand_over(directory: Path, connection_file: Path, identity: Identity) -> None:
-    """The kernel's directory to the kernel, and to nobody else."""
-    directory.chmod(0o700)
-    if os.geteuid() == 0:
-        os.chown(directory, identity.host_uid, identity.host_gid)
-        os.chown(connection_file, identity.host_uid, identity.host_gid, follow_symlinks=False)
-
-
-async def _seal_when_bound(directory: Path) -> None:
-    """Once its sockets are there, the kernel may write no more into a directory of the host, where
-    no limit on disk holds. Works for an agent that is root; others share the kernel's uid."""
-    sockets = {f"{SOCKET_PREFIX}-{port}" for port in PORTS.values()}
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            if sockets <= set(os.listdir(directory)):
-                await asyncio.to_thread(seal, directory, sockets)
-                return
-        await asyncio.sleep(0.05)
-
-
-def seal(directory: Path, sockets: set[str]) -> None:
-    """Take the directory back from its kernel, and remove what should not be in it."""
-    gid = directory.stat().st_gid
-    os.chown(directory, 0, gid)
-    directory.chmod(0o750)
-    for entry in os.scandir(directory):
-        path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            remove_directory(path)
-        elif entry.name == CONNECTION_FILE and entry.is_file(follow_symlinks=False):
-            os.chown(path, 0, gid, follow_symlinks=False)
-            path.chmod(0o640)
-        elif entry.name not in sockets:
-            path.unlink()
 
 
 def _list_kernel_images(client: docker.DockerClient) -> list[dict[str, Any]]:
