@@ -12,8 +12,10 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +33,7 @@ from sorna_jupyter.console import ServerConsole
 from sorna_jupyter.embedded import AgentSettings, EmbeddedAgent
 from sorna_jupyter.exceptions import AlreadyRunning, SornaError, Unavailable
 from sorna_jupyter.faces import jupyter, operations, rest
-from sorna_jupyter.kernels import Kernels
+from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.live import LiveState, MemoryLive, RedisLive
 from sorna_jupyter.protocol import Beat, ImageState, Limits, parse_size
 from sorna_jupyter.registry import Policy, Registry
@@ -80,13 +82,12 @@ class SornaApp(ExtensionApp):
         "kernel_websocket_connection_class": "sorna_jupyter.websocket.SornaWebsocketConnection",
         "identity_provider_class": "sorna_jupyter.auth.SornaIdentityProvider",
         "authorizer_class": "sorna_jupyter.auth.SornaAuthorizer",
-        # One URL is printed, by us.
-        "no_browser_open_file": True,
         # Kernels never run as root, whoever the server runs as.
         "allow_root": True,
-        # Ctrl-C means it.
-        "answer_yes": True,
     }
+
+    _is_main = False
+    """whether this process is ours, or another server's that loaded us"""
 
     # -- settings
 
@@ -198,10 +199,11 @@ class SornaApp(ExtensionApp):
     def launch_instance(cls, argv: list[str] | None = None, **kwargs: Any) -> None:
         """`jupyter sorna …`"""
         arguments = list(sys.argv[1:] if argv is None else argv)
+        cls._is_main = True
         cls.load_other_extensions = "--headless" not in arguments
         # Jupyter Server's own life cycle is of no interest here unless something is wrong.
         super().launch_instance(  # type: ignore[no-untyped-call]
-            ["--ServerApp.log_level=WARNING", *arguments], **kwargs
+            ["--Application.log_level=WARN", *arguments], **kwargs
         )
 
     def _jupyter_server_config(self) -> Config:
@@ -230,15 +232,24 @@ class SornaApp(ExtensionApp):
         data = places.make_private(Path(self.data_dir))
         runtime = places.make_private(Path(self.runtime_dir))
         try:
-            self._lock = _lock(data)
+            lock = _lock(data)
         except AlreadyRunning as error:
             self.log.critical("%s", error)
             self.exit(1)
+        # Undone in reverse: what is noted here first goes last.
+        self._undo = AsyncExitStack()
+        self._undo.callback(lock.close)
+        if not self.keep_kernels:
+            self._undo.callback(_remove_sockets, runtime)
         self.console = ServerConsole()
+        self._undo.callback(self.console.close)
         self.keys = _load_keys(data)
         self.registry = Registry(self.database_url)
         self.live: LiveState = RedisLive(self.redis_url) if self.redis_url else MemoryLive()
         self.agents = AgentPool(self.keys)
+        self._undo.push_async_callback(self.registry.close)
+        self._undo.push_async_callback(self.live.close)
+        self._undo.callback(self.agents.close)
         self.kernels = Kernels(
             registry=self.registry,
             live=self.live,
@@ -274,6 +285,8 @@ class SornaApp(ExtensionApp):
         serverapp.kernel_spec_manager.kernels = self.kernels
         serverapp.session_manager.registry = self.registry
         serverapp.identity_provider.registry = self.registry
+        # We print the URL with the token, once; jupyter_server would print it twice more.
+        serverapp.identity_provider.token_generated = False
         serverapp.authorizer.kernels = self.kernels
         serverapp.authorizer.registry = self.registry
 
@@ -283,53 +296,65 @@ class SornaApp(ExtensionApp):
         self.handlers.extend(operations.handlers())
 
     async def _start_jupyter_server_extension(self, serverapp: ServerApp) -> None:
+        if self._is_main:
+            # Jupyter Server asks whether Ctrl-C is meant, and without a terminal ends at once,
+            # leaving everything behind.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, self._stop_by_signal)
+        self._starting = asyncio.create_task(self._start_parts(serverapp), name="start")
         try:
-            await self._start_parts(serverapp)
+            await self._starting
         except (SornaError, OSError, zmq.ZMQError) as error:
             self.log.critical("Sorna could not be started: %s", error)
             serverapp.stop()
 
+    def _stop_by_signal(self) -> None:
+        assert self.serverapp is not None
+        kernels = len(self.kernels.list())
+        if self.keep_kernels:
+            self.console.say(f"Stopping; {kernels} kernels go on without this server.")
+        else:
+            self.console.say(f"Stopping, with {kernels} kernels.")
+        self.serverapp.stop()
+
     async def _start_parts(self, serverapp: ServerApp) -> None:
+        """Each step notes how it is undone; `_stop_parts` goes back the same way."""
+        undo = self._undo
         await self.registry.upgrade()
         identity = cast(SornaIdentityProvider, serverapp.identity_provider)
         await self.registry.ensure_user(identity.local_user, is_admin=True)
         await self.kernels.load()
+        # The listener goes after the agent, so that a slow stop does not look like silence.
         await self.listener.start()
-        self._sweep = asyncio.create_task(self.kernels.sweep(), name="sweep")
-        self._embedded: EmbeddedAgent | None = None
+        undo.push_async_callback(self.listener.stop)
+        undo.push_async_callback(self.kernels.close)
+        undo.push_async_callback(self.runs.close)
         if self.embedded_agent:
-            self._embedded = EmbeddedAgent(self._agent_settings())
-            self._embedded.start()
+            embedded = EmbeddedAgent(self._agent_settings())
+            embedded.start()
+            undo.push_async_callback(self._stop_agent, embedded)
+        sweep = asyncio.create_task(self.kernels.sweep(), name="sweep")
+        undo.callback(sweep.cancel)
         self._announce(serverapp)
+        undo.callback(self._gateway_file.unlink, missing_ok=True)
 
     async def stop_extension(self) -> None:
-        """In reverse order of start; kernels first, while there is still an agent to stop them."""
-        if not hasattr(self, "_lock"):
+        """Safe to repeat: a second Ctrl-C waits for the first one's work."""
+        if not hasattr(self, "_undo"):
             return
-        if hasattr(self, "_sweep"):
-            self._gateway_file.unlink(missing_ok=True)
-            self._sweep.cancel()
-            if self._embedded is not None:
-                await self._stop_agent(self._embedded)
-            await self.runs.close()
-            await self.kernels.close()
-            # The listener goes after the agent, so that a slow stop does not look like silence.
-            await self.listener.stop()
-        self.agents.close()
-        await self.live.close()
-        await self.registry.close()
-        self.console.close()
-        if not self.keep_kernels:
-            _remove_sockets(Path(self.runtime_dir))
-        self._lock.close()
+        if not hasattr(self, "_stopping"):
+            self._stopping = asyncio.create_task(self._stop_parts(), name="stop")
+        await asyncio.shield(self._stopping)
+
+    async def _stop_parts(self) -> None:
+        if hasattr(self, "_starting"):
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        await self._undo.aclose()
 
     async def _stop_agent(self, embedded: EmbeddedAgent) -> None:
         if not self.keep_kernels:
-            for kernel in self.kernels.list():
-                try:
-                    await self.kernels.stop(kernel.id, "the server was stopped")
-                except SornaError as error:
-                    self.log.warning("kernel %s: %s", kernel.id, error)
+            await asyncio.gather(*(self._stop_kernel(kernel) for kernel in self.kernels.list()))
         for agent in self.kernels.agents():
             try:
                 await self.agents.stop_agent(agent, keep_kernels=self.keep_kernels)
@@ -343,6 +368,12 @@ class SornaApp(ExtensionApp):
             if not self.kernels.joined.is_set():
                 embedded.terminate()
             await embedded.stop()
+
+    async def _stop_kernel(self, kernel: Kernel) -> None:
+        try:
+            await self.kernels.stop(kernel.id, "the server was stopped")
+        except SornaError as error:
+            self.log.warning("kernel %s: %s", kernel.id, error)
 
     # -- details
 
@@ -379,6 +410,7 @@ class SornaApp(ExtensionApp):
 
     def _agent_settings(self) -> AgentSettings:
         data = Path(self.data_dir)
+        debug = self._log_level() <= logging.DEBUG
         return AgentSettings(
             data_dir=places.make_private(data / "agent"),
             runtime_dir=Path(self.runtime_dir),
@@ -387,7 +419,10 @@ class SornaApp(ExtensionApp):
             join_token_file=data / "keys" / "join_token",
             runtime=self.runtime,
             orphan_timeout=self.orphan_timeout,
-            more=("--base-image", self.base_image) if self.base_image else (),
+            more=(
+                *("--log-level", "DEBUG" if debug else "WARNING"),
+                *(("--base-image", self.base_image) if self.base_image else ()),
+            ),
         )
 
     def _announce(self, serverapp: ServerApp) -> None:
@@ -401,11 +436,16 @@ class SornaApp(ExtensionApp):
         path = "" if self.headless else self.default_url.lstrip("/")
         self.console.welcome(f"{url}{path}?token={token}" if token else f"{url}{path}")
 
+    def _log_level(self) -> int:
+        """What `--debug` or `--log-level` set; a number, whatever it was written as."""
+        assert self.serverapp is not None
+        return cast(int, self.serverapp.log_level)
+
     def _show_our_log(self) -> None:
         """Our modules log under their own names; show that where Jupyter shows its own."""
         assert self.serverapp is not None
         ours = logging.getLogger("sorna_jupyter")
-        ours.setLevel(min(self.serverapp.log.level, logging.INFO))
+        ours.setLevel(min(self._log_level(), logging.INFO))
         for handler in self.serverapp.log.handlers:
             if handler not in ours.handlers:
                 ours.addHandler(handler)

@@ -331,7 +331,7 @@ class Kernels:
     async def stop(self, kernel_id: str, reason: str = "shut down by its owner") -> None:
         """It and what it had is gone when this returns, or will be when its agent is back."""
         kernel = self.get(kernel_id)
-        self._apply(await self._registry.mark_terminating(kernel_id))
+        self._apply(await self._registry.mark_terminating(kernel_id, reason))
         await self._destroy(kernel)
         await self._end(kernel, KernelStatus.TERMINATED, reason)
 

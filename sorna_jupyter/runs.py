@@ -426,7 +426,7 @@ class _ExecuteInput(msgspec.Struct):
     execution_count: int | None = None
 
 
-class _Transient(msgspec.Struct):
+class _Transient(msgspec.Struct, frozen=True):
     display_id: str = ""
 
 
