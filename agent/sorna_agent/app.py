@@ -25,7 +25,7 @@ from sorna_agent.link import RelayLink, RelaySettings
 from sorna_agent.resources import find_slots
 from sorna_agent.runtimes import Runtime, choose_runtime
 from sorna_agent.server import Server
-from sorna_jupyter.exceptions import AlreadyRunning, SornaError
+from sorna_jupyter.exceptions import AgentRefused, AlreadyRunning, SornaError
 from sorna_jupyter.protocol import Beat, DestroyKernel
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ class AgentApp:
                 await asyncio.wait((beating, stopping), return_when=asyncio.FIRST_COMPLETED)
                 stopping.cancel()
                 keep_kernels = options.keep_kernels and not beating.done()
+                if not self._is_wanted(beating):
+                    keep_kernels = bool(self._agent.reports())
                 # While the heart still beats, so that a slow stop does not look like a death.
                 if not keep_kernels:
                     await self._agent.destroy_all()
@@ -119,7 +121,16 @@ class AgentApp:
             finally:
                 beating.cancel()
                 await asyncio.gather(beating, return_exceptions=True)
+        kernels = self._runtime_dir / "k"
+        if kernels.is_dir() and not any(kernels.iterdir()):
+            kernels.rmdir()
         log.info("agent %s ends", self._identity.agent_id)
+
+    @staticmethod
+    def _is_wanted(beating: asyncio.Task[None]) -> bool:
+        """False if the gateways refuse us: then the kernels of an earlier agent stay, as it may be
+        our options that are wrong."""
+        return not (beating.done() and isinstance(beating.exception(), AgentRefused))
 
     async def _start_runtime(self, stack: AsyncExitStack) -> Runtime:
         options = self._options

@@ -117,12 +117,9 @@ class Heartbeat:
         data = encode(self._make_beat())
         is_connected = False
         for socket in sockets:
-            try:
-                # The plain socket's send: an asyncio send would wait for who is away.
-                zmq.Socket.send(socket, data, zmq.NOBLOCK)
-                is_connected = True
-            except zmq.Again:
-                continue
+            # NOBLOCK: the future is done, with zmq.Again if that gateway is away.
+            sending = asyncio.ensure_future(socket.send(data, flags=zmq.NOBLOCK))
+            is_connected |= sending.exception() is None
         pause = self._interval if is_connected or self._was_accepted else 0.1
         self._due = self._loop.time() + pause
 

@@ -116,7 +116,7 @@ class RelayLink:
         self._ended = asyncio.Event()
         self._hello: asyncio.Future[RelayHello] | None = None
         self._openings = count(1)
-        self._opening: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._opening: dict[int, tuple[OpenKernel, asyncio.Future[dict[str, Any]]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- life --------------------------------------------------------------------------------
@@ -201,6 +201,8 @@ class RelayLink:
                 except (RelayFailed, OSError):
                     log.exception("the relay can't be started; next attempt follows")
                     await asyncio.sleep(RESTART_PAUSE)
+            for message, _ in self._opening.values():
+                self._tell(message)
             self.on_restart()
 
     async def _keep_greeting(self) -> None:
@@ -244,9 +246,10 @@ class RelayLink:
         the caller has one."""
         opening = next(self._openings)
         ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._opening[opening] = ready
+        message = OpenKernel(kernel_id=kernel_id, address=address, key=key, opening=opening)
+        self._opening[opening] = (message, ready)
         try:
-            self._tell(OpenKernel(kernel_id=kernel_id, address=address, key=key, opening=opening))
+            self._tell(message)
             return await ready
         finally:
             del self._opening[opening]
@@ -323,7 +326,7 @@ class RelayLink:
                 if self._hello is not None and not self._hello.done():
                     self._hello.set_result(message)
             case KernelReady():
-                ready = self._opening.get(message.opening)
+                _, ready = self._opening.get(message.opening, (None, None))
                 if ready is not None and not ready.done():
                     ready.set_result(message.kernel_info)
             case KernelActivity():

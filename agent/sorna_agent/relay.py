@@ -15,6 +15,7 @@ Started and adopted by `link`; run as `python -m sorna_agent.relay`.
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -66,8 +68,8 @@ AGENT_PORT, AGENT_SOCKET = SOCKETS = ("relay.sock", "rpc.sock")
 """for gateways, for the agent"""
 ACTIVITY_PAUSE = 0.1
 """seconds between two reports of activity to the agent"""
-BACKLOG_PAUSE = 0.005
-"""seconds until a gateway that takes no more is tried again"""
+SHORTEST_BACKLOG_PAUSE, LONGEST_BACKLOG_PAUSE = 0.002, 0.1
+"""seconds until a gateway that takes no more is tried again; doubles while it takes nothing"""
 SWEEP_PAUSE = 1.0
 GATEWAY_QUEUE = 500
 """messages in ZeroMQ's hands for one gateway; the rest waits in the journals, which cost nothing"""
@@ -101,8 +103,9 @@ class Relay:
         self._kernels: dict[bytes, KernelSide] = {}
         self._with_output: set[KernelSide] = set()
         self._active: set[KernelSide] = set()
-        self._activity_at = 0.0
-        self._sweep_at = 0.0
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_ids = count()
+        self._backlog_pause = 0.0
         self._outboxes: dict[bytes, deque[list[bytes]]] = {}
         self._agent: bytes | None = None
         self._agent_heard = time.monotonic()
@@ -134,8 +137,8 @@ class Relay:
         socket.sndhwm = GATEWAY_QUEUE
         socket.rcvhwm = 0
         socket.ipv6 = "[" in listen
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
         # A gateway that reconnects under its own routing id takes over from its former connection.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         local = f"ipc://{self._directory}/{AGENT_PORT}"
@@ -156,6 +159,7 @@ class Relay:
     # -- the loop ----------------------------------------------------------------------------
 
     def run(self) -> None:
+        self._sweep()
         log.info("relay listens on %s", ", ".join(self.addresses))
         while not self._is_stopping:
             for socket, _ in self._poller.poll(math.ceil(self._pause() * 1000)):
@@ -164,7 +168,7 @@ class Relay:
                 if handler is not None:
                     handler(socket)
             self._send_output()
-            self._do_what_is_due()
+            self._run_timers()
 
     def close(self) -> None:
         for kernel in self._kernels.values():
@@ -178,38 +182,25 @@ class Relay:
 
     def _pause(self) -> float:
         """Seconds to sleep at most, if no message comes."""
-        if self._with_output or any(self._outboxes.values()):
-            return BACKLOG_PAUSE
-        now = time.monotonic()
-        due = self._sweep_at
-        if self._active:
-            due = min(due, self._activity_at)
-        for kernel in self._kernels.values():
-            again = kernel.ask_again(now)
-            if again is not None:
-                due = min(due, again)
-        return max(0.0, due - now)
+        pause = max(0.0, self._timers[0][0] - time.monotonic())
+        if self._with_output or self._outboxes:
+            return min(pause, self._backlog_pause)
+        return pause
 
-    def _do_what_is_due(self) -> None:
+    def _run_timers(self) -> None:
         now = time.monotonic()
-        if self._active and now >= self._activity_at:
-            self._activity_at = now + ACTIVITY_PAUSE
-            for kernel in self._active:
-                self._tell_agent(
-                    KernelActivity(
-                        kernel_id=str(kernel),
-                        execution_state=kernel.execution_state,
-                        last_activity=kernel.last_activity,
-                    )
-                )
-            self._active.clear()
-        if now >= self._sweep_at:
-            self._sweep_at = now + SWEEP_PAUSE
-            for kernel in self._kernels.values():
-                kernel.close_ended_sessions(now)
-            if self.orphan_timeout and now - self._agent_heard > self.orphan_timeout:
-                log.warning("no agent for %g s: the relay ends", self.orphan_timeout)
-                self._is_stopping = True
+        while self._timers[0][0] <= now:
+            _, _, action = heapq.heappop(self._timers)
+            action()
+
+    def _sweep(self) -> None:
+        self.call_later(SWEEP_PAUSE, self._sweep)
+        now = time.monotonic()
+        for kernel in self._kernels.values():
+            kernel.close_ended_sessions(now)
+        if self.orphan_timeout and now - self._agent_heard > self.orphan_timeout:
+            log.warning("no agent for %g s: the relay ends", self.orphan_timeout)
+            self._is_stopping = True
 
     # -- what `KernelSide` asks of us --------------------------------------------------------
 
@@ -221,11 +212,16 @@ class Relay:
         if self._handlers.pop(socket, None) is not None:
             self._poller.unregister(socket)
 
+    def call_later(self, seconds: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_ids), action))
+
     def on_output(self, kernel: KernelSide) -> None:
         if kernel.subscribers:
             self._with_output.add(kernel)
 
     def on_activity(self, kernel: KernelSide) -> None:
+        if not self._active:
+            self.call_later(ACTIVITY_PAUSE, self._tell_activity)
         self._active.add(kernel)
 
     def on_ready(self, kernel: KernelSide, opening: int, kernel_info: dict[str, Any]) -> None:
@@ -233,6 +229,17 @@ class Relay:
         self._tell_agent(
             KernelReady(kernel_id=str(kernel), opening=opening, kernel_info=kernel_info)
         )
+
+    def _tell_activity(self) -> None:
+        for kernel in self._active:
+            self._tell_agent(
+                KernelActivity(
+                    kernel_id=str(kernel),
+                    execution_state=kernel.execution_state,
+                    last_activity=kernel.last_activity,
+                )
+            )
+        self._active.clear()
 
     # -- gateways ----------------------------------------------------------------------------
 
@@ -273,32 +280,41 @@ class Relay:
 
     def _send_output(self) -> None:
         """Send on where each subscriber stands, as far as its connection takes it."""
+        if not self._with_output and not self._outboxes:
+            return
         full: set[bytes] = set()
+        sent = 0
         for route, outbox in list(self._outboxes.items()):
             while outbox and self._send_to_gateway(route, outbox[0], full):
                 outbox.popleft()
+                sent += 1
             if not outbox:
                 self._outboxes.pop(route, None)
         for kernel in list(self._with_output):
             for route in list(kernel.subscribers):
-                self._send_journal(kernel, route, full)
-            ends = kernel.journal.next
-            if all(seq == ends for seq in kernel.subscribers.values()):
+                sent += self._send_journal(kernel, route, full)
+            end = kernel.journal.next
+            if all(seq == end for seq in kernel.subscribers.values()):
                 self._with_output.discard(kernel)
+        pause = max(SHORTEST_BACKLOG_PAUSE, self._backlog_pause * 2)
+        self._backlog_pause = 0.0 if sent else min(pause, LONGEST_BACKLOG_PAUSE)
 
-    def _send_journal(self, kernel: KernelSide, route: bytes, full: set[bytes]) -> None:
+    def _send_journal(self, kernel: KernelSide, route: bytes, full: set[bytes]) -> int:
+        """Returns how many messages went."""
         journal = kernel.journal
-        seq = kernel.subscribers[route]
-        if seq < journal.first:
-            gap = [GAP, kernel.id, pack_seq(seq), pack_seq(journal.first - 1)]
+        start = kernel.subscribers[route]
+        if start < journal.first:
+            gap = [GAP, kernel.id, pack_seq(start), pack_seq(journal.first - 1)]
             if not self._send_to_gateway(route, gap, full):
-                return
-            seq = journal.first
-        end = min(journal.next, seq + BATCH)
+                return 0
+            start = journal.first
+        seq = start
+        end = min(journal.next, start + BATCH)
         while seq < end and self._send_to_gateway(route, journal.read(seq), full):
             seq += 1
-        if route in kernel.subscribers:
+        if route in kernel.subscribers:  # it is not, if it turned out to be gone
             kernel.subscribers[route] = seq
+        return seq - start
 
     def _send_to_gateway(self, route: bytes, frames: list[bytes], full: set[bytes]) -> bool:
         """Whether it took the frames. One that is full is not tried again in this round; one that
@@ -343,8 +359,14 @@ class Relay:
             return False
         try:
             self._agents.send_multipart([self._agent, *frames], zmq.NOBLOCK)
-        except zmq.ZMQError as error:  # gone, or it has not read for very long
-            log.warning("the agent does not take messages: %s", error)
+        except zmq.Again:
+            log.warning("the agent has not read for long, a message for it is lost")
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            log.warning("the agent is gone")
+            self._agent = None
             return False
         return True
 
@@ -404,7 +426,7 @@ class Relay:
             return
         match message:
             case DetachKernel():
-                kernel.detach()
+                kernel.detach_soon()
             case InterruptByMessage():
                 kernel.interrupt()
             case ForgetKernel():

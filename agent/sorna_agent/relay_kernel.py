@@ -37,6 +37,8 @@ CLOSE_GRACE = 10.0
 under way still reach the journal, and a client that comes right back finds them"""
 FIRST_RESEND, LAST_RESEND = 0.05, 0.4
 """seconds between kernel_info requests to a kernel that does not answer yet"""
+LAST_WORDS = 0.1
+"""seconds that an ended process' sockets are still read"""
 ENOUGH_REPLIES = 4
 """kernel_info replies after which a kernel counts as ready though it never sent on iopub"""
 
@@ -60,6 +62,7 @@ class Watcher(Protocol):
 
     def watch(self, socket: Socket, handler: Callable[[Socket], None], events: int) -> None: ...
     def unwatch(self, socket: Socket) -> None: ...
+    def call_later(self, seconds: float, action: Callable[[], None]) -> None: ...
     def on_output(self, kernel: KernelSide) -> None: ...
     def on_activity(self, kernel: KernelSide) -> None: ...
     def on_ready(self, kernel: KernelSide, opening: int, kernel_info: dict[str, Any]) -> None: ...
@@ -111,7 +114,7 @@ class _Probe:
         self.opening = opening
         self.socket = socket
         self.pause = FIRST_RESEND
-        self.resend_at: float | None = None
+        self.has_asked = False
         self.replies = 0
         self.heard_iopub = False
 
@@ -159,6 +162,16 @@ class KernelSide:
             # IMMEDIATE: writable is it only once the kernel is there.
             self._watcher.watch(socket, self._ask, zmq.POLLOUT)
 
+    def detach_soon(self) -> None:
+        """For a process that has ended: what it sent last may still be on its way to us."""
+        address = self._address
+
+        def detach() -> None:
+            if self._address is address:
+                self.detach()
+
+        self._watcher.call_later(LAST_WORDS, detach)
+
     def detach(self) -> None:
         """Read what the process still sent, then close its sockets."""
         if self._iopub is not None:
@@ -178,8 +191,7 @@ class KernelSide:
     ) -> Socket:
         socket = self._watcher.context.socket(kind)
         socket.linger = 0
-        socket.reconnect_ivl = 10
-        socket.reconnect_ivl_max = 200
+        socket.reconnect_ivl = 15  # constant: a kernel that starts is found at once
         socket.rcvhwm = 0
         for name, value in options.items():
             socket.setsockopt(getattr(zmq, name), value)
@@ -252,12 +264,14 @@ class KernelSide:
             session = self.open_session(session_id, owner)
         socket = session.sockets.get(channel)
         if socket is None:
-            log.warning("kernel %s: not connected, a message on %r is lost", self, channel)
+            log.warning("kernel %s: no socket for a message on %r: it is lost", self, channel[:20])
             return
         try:
             socket.send_multipart([DELIMITER, self._signer.sign(parts), *parts], zmq.NOBLOCK)
         except zmq.Again:
-            log.warning("kernel %s: has not read for long, a message on %r is lost", self, channel)
+            log.warning(
+                "kernel %s: has not read for long, a message on %r is lost", self, channel[:20]
+            )
 
     def interrupt(self) -> None:
         if not self.is_connected:
@@ -280,26 +294,18 @@ class KernelSide:
 
     # -- readiness ---------------------------------------------------------------------------
 
-    def ask_again(self, now: float) -> float | None:
-        """Ask once more if it is due; returns when it will be."""
-        probe = self._probe
-        if probe is None or probe.resend_at is None:
-            return None
-        if probe.resend_at <= now:
-            self._ask(probe.socket)
-        return probe.resend_at
-
     def _ask(self, socket: Socket) -> None:
         probe = self._probe
-        if probe is None:
-            return
+        if probe is None or probe.socket is not socket:
+            return  # answered, or over
         try:
             socket.send_multipart(self._own_request("kernel_info_request"), zmq.NOBLOCK)
         except zmq.Again:
             log.debug("kernel %s: not there yet", self)
-        if probe.resend_at is None:
+        if not probe.has_asked:
+            probe.has_asked = True
             self._watcher.watch(socket, self._drain_probe, zmq.POLLIN)
-        probe.resend_at = time.monotonic() + probe.pause
+        self._watcher.call_later(probe.pause, lambda: self._ask(socket))
         probe.pause = min(probe.pause * 2, LAST_RESEND)
 
     def _drain_probe(self, socket: Socket) -> None:

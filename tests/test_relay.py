@@ -1,0 +1,492 @@
+"""A real relay process between real ipykernels and the ends that `agent_parts` plays."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import zmq
+from sorna_agent.link import RelayLink, RelaySettings
+from sorna_agent.relay_kernel import Signer, as_routing_id
+from sorna_agent.runtimes import Launch, Started
+
+from sorna_jupyter import protocol
+from sorna_jupyter.exceptions import AgentUnreachable
+from sorna_jupyter.protocol import InterruptKernel, ReadKernelLog
+from tests.agent_parts import (
+    PATIENCE,
+    IpykernelRuntime,
+    Keys,
+    Line,
+    is_idle,
+    parent_id,
+    stdout_of,
+    until,
+)
+
+
+@dataclass
+class House:
+    """One relay, a runtime for its kernels, and gateways' lines to it."""
+
+    directory: Path
+    link: RelayLink
+    agent_keys: Keys
+    gateway_keys: Keys
+    runtime: IpykernelRuntime = field(default_factory=IpykernelRuntime)
+    lines: list[Line] = field(default_factory=list)
+    activity: list[tuple[str, str]] = field(default_factory=list)
+
+    def line(self, keys: Keys | None = None, tcp: bool = False, **options: int) -> Line:
+        address = self.link.addresses[1 if tcp else 0]
+        line = Line(address, self.agent_keys.public, keys or self.gateway_keys, **options)
+        self.lines.append(line)
+        return line
+
+    async def start_kernel(self, kernel_id: str = "k1") -> Started:
+        directory = self.directory / kernel_id
+        directory.mkdir()
+        launch = Launch(kernel_id, "python3", "me", directory, key="a-key")
+        started = await self.runtime.launch(launch)
+        async with asyncio.timeout(PATIENCE):
+            await self.link.open_kernel(kernel_id, started.address, launch.key)
+        return started
+
+    async def end(self) -> None:
+        for line in self.lines:
+            await line.close()
+        await self.link.close()
+        for kernel_id in list(self.runtime._pids):
+            await self.runtime.destroy(kernel_id)
+
+
+def settings(directory: Path, agent: Keys, gateway: Keys, **options: object) -> RelaySettings:
+    keys_file = directory / "agent.json"
+    keys_file.write_text(json.dumps({"public_key": agent.public, "secret_key": agent.secret}))
+    return RelaySettings(
+        **{
+            "listen": "tcp://127.0.0.1:0",
+            "directory": directory,
+            "keys_file": keys_file,
+            "public_key": agent.public,
+            "gateway_keys": (gateway.public,),
+            "orphan_timeout": 60.0,
+            **options,
+        }
+    )
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """For sockets: pytest's own paths are too long."""
+    path = Path(tempfile.mkdtemp(prefix="sorna-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+async def house(short_path: Path) -> AsyncIterator[House]:
+    agent, gateway = Keys.make(), Keys.make()
+    link = RelayLink(settings(short_path, agent, gateway))
+    house = House(short_path, link, agent, gateway)
+    link.on_activity = lambda kernel_id, state, at: house.activity.append((kernel_id, state))
+    await link.start()
+    yield house
+    await house.end()
+
+
+async def test_code_runs_and_its_output_and_reply_come_back_in_unbroken_numbers(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1", 1)
+
+    assert await line.client("k1").result("print(6 * 7)") == "42\n"
+
+    assert [m.seq for m in line.messages] == list(range(1, len(line.messages) + 1))
+    assert {m.channel for m in line.messages} == {"shell", "iopub"}
+
+
+async def test_the_tcp_port_serves_as_the_ipc_socket_does(house: House):
+    await house.start_kernel()
+    line = house.line(tcp=True)
+    line.subscribe("k1")
+
+    assert await line.client("k1").result("print(1)") == "1\n"
+
+
+async def test_everyone_gets_iopub_and_replies_carry_the_session_that_asked(house: House):
+    await house.start_kernel()
+    one, two = house.line(), house.line()
+    for line in (one, two):
+        line.subscribe("k1")
+    client_one, client_two = one.client("k1"), two.client("k1")
+
+    await client_one.result("x = 5")
+    assert await client_two.result("print(x)") == "5\n"
+
+    await one.wait_for(lambda m: m.session == client_two.session)
+    sessions = {m.session for m in one.messages if m.channel == "shell"}
+    assert sessions == {client_one.session, client_two.session}
+    assert [m.parts for m in one.messages] == [m.parts for m in two.messages]
+
+
+async def test_the_relays_own_questions_are_not_seen_by_clients(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1", 1)
+    await line.client("k1").result("1")
+
+    assert not any(b"sorna-relay-" in part for m in line.messages for part in m.parts)
+    assert not any(m.msg_type == "iopub_welcome" for m in line.messages)
+
+
+async def test_input_returns_what_the_session_that_runs_the_cell_answers(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    client, onlooker = line.client("k1"), line.client("k1")
+
+    msg_id = client.execute("print('got', input('name? '))", allow_stdin=True)
+    question = await line.wait_for(lambda m: m.msg_type == "input_request")
+    assert (question.channel, question.session) == ("stdin", client.session)
+    client.send("stdin", "input_reply", {"value": "Ada"})
+    await client.reply_to(msg_id)
+
+    await line.wait_for(lambda m: is_idle(m) and parent_id(m) == msg_id)
+    assert stdout_of(line.messages, msg_id) == "got Ada\n"
+    assert not any(m.session == onlooker.session for m in line.messages)
+
+
+async def test_buffers_and_unusual_session_ids_travel_unharmed(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    for session in ("x" * 300, "\0nul", "Ünïcode/☃"):
+        assert await line.client("k1", session).result("print(1)") == "1\n"
+
+    msg_id = line.client("k1").execute(
+        "from comm import create_comm\n"
+        "create_comm(target_name='t', data={}, buffers=[b'\\x00\\xff' * 1000, b''])"
+    )
+
+    opened = await line.wait_for(lambda m: m.msg_type == "comm_open" and parent_id(m) == msg_id)
+    assert opened.parts[4:] == [b"\x00\xff" * 1000, b""]
+
+
+async def test_a_busy_kernel_is_interrupted_by_message(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    client = line.client("k1")
+    msg_id = client.execute("import time\nprint('on', flush=True)\ntime.sleep(600)")
+    await line.wait_for(lambda m: m.msg_type == "stream")
+
+    house.link.interrupt_kernel("k1")
+
+    assert (await client.reply_to(msg_id))["ename"] == "KeyboardInterrupt"
+
+
+async def test_busy_and_idle_reach_the_agent(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+
+    line.client("k1").execute("import time; time.sleep(0.5)")
+
+    await until(lambda: ("k1", "busy") in house.activity)
+    await until(lambda: house.activity[-1] == ("k1", "idle"))
+
+
+async def test_a_gateway_with_another_key_gets_nothing(house: House):
+    await house.start_kernel()
+    stranger = house.line(Keys.make())
+    known = house.line()
+    stranger.subscribe("k1", 1)
+    known.subscribe("k1", 1)
+
+    client = stranger.client("k1")
+    client.execute("print('in')")
+    await known.client("k1").result("print('mine')")
+
+    assert stranger.messages == []
+    assert not any(m.session == client.session for m in known.messages)
+
+
+async def test_what_makes_no_sense_from_a_gateway_harms_nobody(house: House):
+    await house.start_kernel()
+    line = house.line()
+    k = b"k1"
+    for frames in (
+        [b""],
+        [b"?"],
+        [b"M"],
+        [protocol.OPEN, b"unknown", b"s"],
+        [protocol.OPEN, k],
+        [protocol.OPEN, k, b""],
+        [protocol.OPEN, k, b"\0" * 500],
+        [protocol.CLOSE, k, b"never opened"],
+        [protocol.SUBSCRIBE, k, b"short"],
+        [protocol.SUBSCRIBE, k, b"\xff" * 8],
+        [protocol.UNSUBSCRIBE, b"\xff\xfe"],
+        [protocol.UNSUBSCRIBE, k, b"more"],
+        [protocol.MESSAGE, k, b"s", b"shell", b"{}"],
+        [protocol.MESSAGE, k, b"s", b"nochannel" * 100, b"{}", b"{}", b"{}", b"{}"],
+        [protocol.MESSAGE, k, b"s", b"iopub", b"{}", b"{}", b"{}", b"{}"],
+        [protocol.MESSAGE, k, b"s", b"shell", b"no json", b"\xff", b"", b""],
+        [protocol.RPC],
+        [protocol.RPC, b"1", b"2", b"3", b"4"],
+    ):
+        line.send(*frames)
+
+    line.subscribe("k1")
+    assert await line.client("k1").result("print('alive')") == "alive\n"
+
+
+async def test_messages_that_the_kernels_key_did_not_sign_are_dropped(house: House):
+    started = await house.start_kernel()
+    await house.runtime.destroy("k1")
+    os.unlink(f"{started.address}-2")
+    context = zmq.Context()
+    forger = context.socket(zmq.PUB)
+    forger.linger = 0
+    forger.bind(f"ipc://{started.address}-2")
+    line = house.line()
+    line.subscribe("k1", 1)
+    house.link.reopen_kernel("k1", started.address, "a-key", "idle")
+    header = b'{"msg_type": "stream", "msg_id": "forged"}'
+    good = [b'{"msg_type": "stream", "msg_id": "good"}', b"{}", b"{}", b"{}"]
+    signature = Signer("a-key").sign(good)
+
+    async def heard_good() -> None:
+        while not any(b'"good"' in m.parts[0] for m in line.messages):
+            forger.send_multipart([b"t", b"<IDS|MSG>", b"0" * 64, header, b"{}", b"{}", b"{}"])
+            forger.send_multipart([b"t", b"no delimiter"])
+            forger.send_multipart([b"t", b"<IDS|MSG>", signature])
+            forger.send_multipart([b"t", b"<IDS|MSG>", signature, *good])
+            await asyncio.sleep(0.02)
+
+    await asyncio.wait_for(heard_good(), PATIENCE)
+    context.destroy(linger=0)
+    assert not any(b'"forged"' in m.parts[0] for m in line.messages)
+
+
+async def test_a_gateway_that_reads_slowly_loses_nothing_and_delays_nobody(house: House):
+    await house.start_kernel()
+    slow, quick = house.line(rcvhwm=10), house.line()
+    for line in (slow, quick):
+        line.subscribe("k1", 1)
+    await slow.wait_for(lambda m: True)
+    slow.stop_reading()
+    client = quick.client("k1")
+
+    await client.result("for i in range(3000): print('x' * 2000, flush=True)")
+
+    assert len(slow.messages) < 3000
+    slow.read_on()
+    await slow.wait_for(lambda m: m.seq == quick.messages[-1].seq)
+    assert [m.parts for m in slow.messages] == [m.parts for m in quick.messages]
+    assert slow.gaps == []
+
+
+async def test_a_late_gateway_reads_from_the_number_it_names(house: House):
+    await house.start_kernel()
+    first = house.line()
+    first.subscribe("k1", 1)
+    await first.client("k1").result("print('before')")
+    last = first.messages[-1].seq
+
+    late = house.line()
+    late.subscribe("k1", last - 1)
+
+    await late.wait_for(lambda m: m.seq == last)
+    assert [m.seq for m in late.messages] == [last - 1, last]
+
+
+async def test_what_fell_out_of_the_journal_is_announced_as_a_gap(short_path: Path):
+    agent, gateway = Keys.make(), Keys.make()
+
+    class SmallSettings(RelaySettings):
+        def argv(self) -> list[str]:
+            return [*super().argv(), "--retention", "20000"]
+
+    link = RelayLink(SmallSettings(**vars(settings(short_path, agent, gateway))))
+    house = House(short_path, link, agent, gateway)
+    await link.start()
+    await house.start_kernel()
+    watcher = house.line()
+    watcher.subscribe("k1")
+    await watcher.client("k1").result("for i in range(300): print('x' * 500, flush=True)")
+    end = watcher.messages[-1].seq
+
+    late = house.line()
+    late.subscribe("k1", 3)
+
+    await late.wait_for(lambda m: m.seq == end)
+    (gap,) = late.gaps
+    assert gap == (3, late.messages[0].seq - 1)
+    assert [m.seq for m in late.messages] == list(range(gap[1] + 1, end + 1))
+    await house.end()
+
+
+async def test_a_reply_that_comes_after_its_client_left_is_still_in_the_journal(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    client = line.client("k1")
+    await client.result("1")
+    msg_id = client.execute("import time; time.sleep(1); print('late')")
+    client.close()
+
+    assert (await client.reply_to(msg_id))["status"] == "ok"
+
+
+async def test_a_kernel_started_anew_keeps_its_clients_and_its_numbers(house: House):
+    started = await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1", 1)
+    client = line.client("k1")
+    await client.result("x = 1")
+
+    house.link.detach_kernel("k1")
+    again = await house.runtime.relaunch("k1")
+    assert again.address == started.address
+    async with asyncio.timeout(PATIENCE):
+        await house.link.open_kernel("k1", again.address, "a-key")
+
+    assert await client.result("print('x' in globals())") == "False\n"
+    assert [m.seq for m in line.messages] == list(range(1, len(line.messages) + 1))
+
+
+async def test_a_dead_kernels_last_words_can_still_be_read(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    await line.client("k1").result("print('famous last words')")
+    await house.runtime.destroy("k1")
+    house.link.detach_kernel("k1")
+
+    late = house.line()
+    late.subscribe("k1", 1)
+
+    await late.wait_for(lambda m: b"famous last words" in m.parts[3])
+
+
+async def test_requests_pass_to_the_agent_and_its_replies_back(house: House):
+    def answer(route: bytes, request_id: bytes, data: bytes) -> None:
+        request = protocol.decode_request(data)
+        assert isinstance(request, ReadKernelLog)
+        log = protocol.KernelLog(text=f"log of {request.kernel_id}")
+        house.link.reply(route, request_id, protocol.encode_reply(log))
+
+    house.link.on_request = answer
+
+    reply = await house.line().ask(ReadKernelLog(kernel_id="k1"))
+
+    assert reply == protocol.KernelLog(text="log of k1")
+
+
+async def test_while_the_agent_is_away_output_flows_and_requests_fail_at_once(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    client = line.client("k1")
+    await client.result("1")
+    house.link._disconnect()
+
+    assert await client.result("print('on')") == "on\n"
+
+    async def ask_until_away() -> None:
+        # What was sent before the relay noticed gets no answer at all.
+        while True:
+            try:
+                await line.ask(InterruptKernel(kernel_id="k1"), timeout=0.5)
+            except TimeoutError:
+                continue
+
+    with pytest.raises(AgentUnreachable, match="away"):
+        await asyncio.wait_for(ask_until_away(), PATIENCE)
+    house.link._connect()
+
+
+async def test_the_next_agent_adopts_the_relay_that_runs(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    client = line.client("k1")
+    await client.result("x = 1")
+    started = house.link.started
+    await house.link.close(keep_relay=True)
+
+    house.link = RelayLink(settings(house.directory, house.agent_keys, house.gateway_keys))
+    await house.link.start()
+
+    assert (house.link.started, house.link.adopted_kernels) == (started, ["k1"])
+    assert await client.result("print(x)") == "1\n"
+
+
+async def test_a_relay_with_other_settings_is_replaced(house: House):
+    started = house.link.started
+    await house.link.close(keep_relay=True)
+
+    house.link = RelayLink(settings(house.directory, house.agent_keys, Keys.make()))
+    await house.link.start()
+
+    assert house.link.started > started
+    assert house.link.adopted_kernels == []
+
+
+async def test_a_relay_that_dies_is_started_again_and_the_kernel_goes_on(house: House):
+    started = await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    client = line.client("k1")
+    await client.result("x = 1")
+    restarted = asyncio.Event()
+    house.link.on_restart = restarted.set
+    former = house.link.started
+
+    assert house.link._process is not None
+    os.kill(house.link._process.pid, signal.SIGKILL)
+    await asyncio.wait_for(restarted.wait(), PATIENCE)
+    house.link.reopen_kernel("k1", started.address, "a-key", "idle")
+
+    assert house.link.started > former
+    again = house.line()
+
+    async def subscribed() -> None:  # the agent's word may come after the gateway's
+        while not again.messages:
+            again.subscribe("k1")
+            again.client("k1").execute("1")
+            await asyncio.sleep(0.1)
+
+    await asyncio.wait_for(subscribed(), PATIENCE)
+    assert await again.client("k1").result("print(x)") == "1\n"
+
+
+async def test_a_relay_whose_agent_stays_away_ends_and_leaves_nothing(short_path: Path):
+    agent, gateway = Keys.make(), Keys.make()
+    link = RelayLink(settings(short_path, agent, gateway, orphan_timeout=1.0))
+    await link.start()
+    process = link._process
+    assert process is not None
+    await link.close(keep_relay=True)
+
+    await until(lambda: process.poll() is not None)
+
+    assert process.returncode == 0
+    assert not list(short_path.glob("*.sock"))
+
+
+def test_session_ids_that_cannot_be_routing_ids_are_hashed():
+    assert as_routing_id(b"abc") == b"abc"
+    for bad in (b"", b"\0abc", b"x" * 256):
+        assert 0 < len(as_routing_id(bad)) <= 255
+        assert not as_routing_id(bad).startswith(b"\0")
