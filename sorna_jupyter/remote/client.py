@@ -11,6 +11,7 @@ Synchronous, over `requests`. Used by programs and by `jupyter sorna run`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any, Self
 
 import requests
 
-from sorna_jupyter.exceptions import SornaError, Unavailable
+from sorna_jupyter.exceptions import NotFound, SornaError, Unavailable
 from sorna_jupyter.remote import credentials
 from sorna_jupyter.remote.server import refusal
 
@@ -220,7 +221,8 @@ class Kernel:
         traceback: TracebackType | None,
     ) -> None:
         if self._is_ours:
-            self.stop()
+            with contextlib.suppress(NotFound):  # it ended by itself
+                self.stop()
 
     def execute(
         self,
