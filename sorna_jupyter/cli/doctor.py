@@ -23,6 +23,8 @@ from sorna_jupyter.protocol import ImageState
 
 MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
 
+NOT_RUNNING = "not running"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -50,7 +52,8 @@ def main(argv: list[str]) -> int:
     Console(highlight=False).print(table)
     if any(finding.state == "missing" for finding in findings):
         return 1
-    print("\nReady: start it with `jupyter sorna`")
+    if not any(finding.what == "server" and finding.found != NOT_RUNNING for finding in findings):
+        print("\nReady: start it with `jupyter sorna`")
     return 0
 
 
@@ -178,4 +181,4 @@ def _gateway() -> Finding:
     running = credentials.running()
     if running:
         return Finding("server", "ok", f"runs at {running[0]}")
-    return Finding("server", "ok", "not running")
+    return Finding("server", "ok", NOT_RUNNING)

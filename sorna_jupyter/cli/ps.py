@@ -15,11 +15,15 @@ from sorna_jupyter.exceptions import NotFound, SornaError
 from sorna_jupyter.remote.server import Server
 
 
+ID_LENGTH = 13
+"""characters of an id that a line shows; `stop` and `logs` take the beginning of one"""
+
+
 @reporting
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="jupyter sorna ps", description="List kernels.")
     parser.add_argument("-a", "--all", action="store_true", help="everyone's; for admins")
-    parser.add_argument("-q", "--quiet", action="store_true", help="ids only")
+    parser.add_argument("-q", "--quiet", action="store_true", help="whole ids only")
     add_url(parser)
     arguments = parser.parse_args(argv)
     kernels = _kernels(server_of(arguments), everyone=arguments.all)
@@ -94,7 +98,7 @@ def _whole_id(beginning: str, known: list[str]) -> str:
 def _table(kernels: list[dict[str, Any]], *, show_owner: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("ID", "NAME", "STATE", "CLIENTS", "AGE", "IDLE", "MEMORY", "PIDS"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=column != "STATE")
     if show_owner:
         table.add_column("OWNER")
     now = time.time()
@@ -104,7 +108,7 @@ def _table(kernels: list[dict[str, Any]], *, show_owner: bool) -> Table:
         if kernel["reason"]:
             state = f"{kernel['status']}: {kernel['reason']}"
         table.add_row(
-            kernel["id"],
+            kernel["id"][:ID_LENGTH],
             kernel["name"],
             state,
             str(kernel["connections"]),
