@@ -80,6 +80,18 @@ class Attached:
         """Without waiting, for code that does not come back."""
         self.client.execute(code)
 
+    async def run_until_output(self, code: str) -> None:
+        """Returns at the first output, while the code goes on."""
+        self.client.execute(code)
+        while (await self.client.get_iopub_msg(timeout=60))["msg_type"] != "stream":
+            pass
+
+    async def next_reply(self) -> dict[str, Any]:
+        while True:
+            reply = await self.client.get_shell_msg(timeout=60)
+            if reply["msg_type"] == "execute_reply":
+                return dict(reply["content"])
+
 
 @contextlib.asynccontextmanager
 async def attached(started: Started, launch: Launch) -> AsyncIterator[Attached]:

@@ -187,18 +187,11 @@ async def test_interrupt_reaches_the_kernel(runtime: LocalRuntime, place: Path) 
     launch = new_launch(place)
     started = await runtime.launch(launch)
     async with attached(started, launch) as kernel:
-        kernel.send("import time\nprint('go', flush=True)\ntime.sleep(60)")
-        while True:
-            message = await kernel.client.get_iopub_msg(timeout=30)
-            if message["msg_type"] == "stream":
-                break
+        await kernel.run_until_output("import time\nprint('go', flush=True)\ntime.sleep(60)")
 
         await runtime.interrupt(launch.kernel_id)
 
-        reply = await kernel.client.get_shell_msg(timeout=30)
-        while reply["msg_type"] != "execute_reply":
-            reply = await kernel.client.get_shell_msg(timeout=30)
-        assert reply["content"]["ename"] == "KeyboardInterrupt"
+        assert (await kernel.next_reply())["ename"] == "KeyboardInterrupt"
 
 
 async def test_destroy_leaves_neither_processes_nor_files(

@@ -25,6 +25,8 @@ from sorna_jupyter.protocol import ImageStatus, Limits
 DEFAULT_LIMITS = Limits(memory=2 << 30, cpus=None, pids=256, disk=256 << 20)
 """Where a launch says nothing. cpus None: all that the machine has."""
 
+MIN_MEMORY = 64 << 20
+
 PORTS = {
     "shell_port": 1,
     "iopub_port": 2,
@@ -201,6 +203,17 @@ def fill_limits(limits: Limits, defaults: Limits) -> Limits:
     return Limits(**{name: pick(name) for name in Limits.__struct_fields__})  # type: ignore[arg-type]  # each picked from a field of that type
 
 
+def check_limits(limits: Limits) -> Limits:
+    """`limits` if a kernel can live with them; raises InvalidRequest otherwise."""
+    least = {"memory": MIN_MEMORY, "cpus": 0.01, "pids": 16, "disk": 1 << 20}
+    for name, smallest in least.items():
+        value = getattr(limits, name)
+        # Written so that NaN is refused too.
+        if value is not None and not value >= smallest:
+            raise InvalidRequest(f"a kernel needs {name} of at least {smallest}, not {value}")
+    return limits
+
+
 def check_path(path: str) -> str:
     """`path` as a plain relative path (`.` for home itself); raises InvalidRequest otherwise."""
     parts = PurePosixPath(path).parts
@@ -239,7 +252,8 @@ def expand_argv(argv: Sequence[str], values: Mapping[str, str]) -> list[str]:
 def write_connection_file(
     launch: Launch, ip: str, kernel_name: str, directory: Path | None = None
 ) -> Path:
-    """The connection file, 0600, in `directory`, if not the launch's; `ip` as the kernel sees it."""
+    """The connection file, 0600, in the launch's directory or this one; `ip` as the kernel sees
+    it."""
     path = (directory or launch.directory) / CONNECTION_FILE
     content = {
         "transport": "ipc",

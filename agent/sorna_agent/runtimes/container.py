@@ -34,7 +34,6 @@ INSIDE = "/run/sorna"
 HOME = "/home/sorna"
 UID = 1000
 CPU_PERIOD = 100_000  # microseconds
-MIN_MEMORY = 64 << 20
 
 # argv follows as positional parameters, so nothing of it is ever parsed by the shell.
 LAUNCHER = """\

@@ -39,6 +39,7 @@ from sorna_agent.runtimes import (
     Runtime,
     Started,
     check_env,
+    check_limits,
     check_path,
     death_reason,
     fill_limits,
@@ -50,7 +51,6 @@ from sorna_agent.runtimes.container import (
     AGENT_LABEL,
     INSIDE,
     KERNEL_LABEL,
-    MIN_MEMORY,
     Identity,
     choose_identity,
     container_name,
@@ -70,7 +70,6 @@ from sorna_agent.runtimes.images import (
 )
 from sorna_jupyter.exceptions import (
     ImageUnavailable,
-    InvalidRequest,
     KernelNotFound,
     KernelStartFailed,
     RuntimeUnavailable,
@@ -237,11 +236,9 @@ class DockerRuntime(Runtime):
 
     async def launch(self, launch: Launch) -> Started:
         image = self._ready_image(launch.image)
-        limits = fill_limits(launch.limits, self.defaults)
+        limits = check_limits(fill_limits(launch.limits, self.defaults))
         check_env(launch.env)
         check_path(launch.path)
-        if limits.memory is not None and limits.memory < MIN_MEMORY:
-            raise InvalidRequest(f"a kernel needs at least {MIN_MEMORY >> 20} MiB of memory")
         kernel = _Kernel(launch, image.spec.get("interrupt_mode", "message"), image.spec)
         self._kernels[launch.kernel_id] = kernel
         # In a thread nothing can be cancelled half-way: let it end, then undo it.
@@ -676,9 +673,14 @@ class _Watcher:
         while not self._stopping.is_set():
             with contextlib.suppress(RuntimeUnavailable, docker.errors.APIError):
                 self._events = self._engine.events()
+                if self._stopping.is_set():  # meanwhile: `stop` closed none, or an older one
+                    self._events.close()
+                    return
                 # Only now: what happens from here on comes as an event, what was before by list.
                 self._on_connect()
                 for event in self._events:
+                    if self._stopping.is_set():
+                        return
                     self._dispatch(event)
             self._stopping.wait(1)
 

@@ -42,6 +42,7 @@ from sorna_agent.runtimes import (
     Runtime,
     Started,
     check_env,
+    check_limits,
     check_path,
     death_reason,
     expand_argv,
@@ -151,6 +152,7 @@ class LocalRuntime(Runtime):
 
     async def launch(self, launch: Launch) -> Started:
         self._spec(launch.image)
+        check_limits(fill_limits(launch.limits, self.defaults))
         check_env(launch.env)
         path = check_path(launch.path)
         kernel = _Kernel(launch, self._spec(launch.image).interrupt_mode)
