@@ -31,7 +31,10 @@ def with_x(gateway: Gateway) -> str:
 
 
 def nothing_is_left(home: Home, timeout: float = 1) -> None:
-    wait_until(lambda: not home.leftovers(), f"nothing is left: {home.leftovers()}", timeout)
+    try:
+        wait_until(lambda: not home.leftovers(), "nothing is left", timeout)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {home.leftovers()}") from None
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
@@ -142,8 +145,10 @@ def test_a_killed_gateway_that_nobody_follows_leaves_nothing(
     nothing_is_left(gateway.home, timeout=60)
 
 
-def test_a_killed_agent_costs_no_kernel(new_gateway: NewGateway, runtime: str) -> None:
-    gateway = new_gateway(runtime)
+def test_a_killed_agent_costs_no_container(
+    new_gateway: NewGateway, docker_gateway: Gateway
+) -> None:
+    gateway = new_gateway("--runtime=docker")
     kernel_id = with_x(gateway)
     [agent] = [p for p, argv in gateway.home.processes().items() if "sorna_agent.app" in argv]
 
