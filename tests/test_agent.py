@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from sorna_agent.agent import Agent
-from sorna_agent.app import FAILED, Identity
+from sorna_agent.app import FAILED, Identity, parse_options
 from sorna_agent.kernel_store import KernelStore
 from sorna_agent.link import RelayLink
 from sorna_agent.resources import find_slots, usable_cpus, usable_memory
@@ -545,6 +545,14 @@ async def test_a_kernel_that_cannot_be_destroyed_stays_reported_and_can_be_tried
     engine_is_away = False
     await agent.handle(DestroyKernel(kernel_id="k1"))
     assert agent.reports() == []
+
+
+def test_a_key_may_begin_with_a_dash():
+    common = "--join-token-file t --data-dir d --runtime-dir r --manager-addr a".split()
+
+    options = parse_options([*common, "--manager-key", "-k", "--gateway-key", "--g"])
+
+    assert (options.manager_key, options.gateway_key) == ("-k", ["--g"])
 
 
 def test_an_identity_is_made_once_and_for_this_user_only(tmp_path: Path):

@@ -220,6 +220,21 @@ async def test_a_gateway_with_another_key_gets_nothing(house: House):
     assert not any(m.session == client.session for m in known.messages)
 
 
+async def test_a_gateways_key_may_begin_with_a_dash(short_path: Path):
+    agent, gateway = Keys.make(), Keys.make()
+    while not gateway.public.startswith("-"):
+        gateway = Keys.make()
+    house = House(short_path, RelayLink(settings(short_path, agent, gateway)), agent, gateway)
+
+    await house.link.start()
+
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    assert await line.client("k1").result("print(1)") == "1\n"
+    await house.end()
+
+
 async def test_what_makes_no_sense_from_a_gateway_harms_nobody(house: House):
     await house.start_kernel()
     line = house.line()

@@ -247,7 +247,19 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-folder", type=Path, action="append", default=[], help="more kernel images")
     add("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     add("--log-file", type=Path, default=None, help="instead of stderr")
-    return parser.parse_args(argv)
+    return parser.parse_args(bind_keys(sys.argv[1:] if argv is None else argv))
+
+
+def bind_keys(argv: list[str]) -> list[str]:
+    """`--manager-key KEY` as `--manager-key=KEY`: one key in 85 begins with a dash, which argparse
+    would take for another option."""
+    bound: list[str] = []
+    for argument in argv:
+        if bound and bound[-1] in ("--manager-key", "--gateway-key"):
+            bound[-1] += f"={argument}"
+        else:
+            bound.append(argument)
+    return bound
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -84,7 +84,8 @@ class RelaySettings:
         return self.directory / "rpc.sock"
 
     def argv(self) -> list[str]:
-        keys = [part for key in self.gateway_keys for part in ("--gateway-key", key)]
+        # In one argument: one key in 85 begins with a dash.
+        keys = [f"--gateway-key={key}" for key in self.gateway_keys]
         return [
             *(sys.executable, "-m", "sorna_agent.relay"),
             *("--listen", self.listen),
