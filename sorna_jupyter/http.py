@@ -51,7 +51,7 @@ def decode_body(data: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(data.strip() or b"{}", type=kind)
     except msgspec.ValidationError as error:
         raise errors.InvalidRequest(f"Invalid request body: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise errors.InvalidRequest(f"Invalid JSON in body of request: {error}") from error
 
 
@@ -98,10 +98,17 @@ class SornaAPIHandler(APIHandler):
     async def prepare(self) -> None:  # type: ignore[override]  # as jupyter_server's own
         self._stream_without_delay()
         await super().prepare()
+        self._require_user()
         announced = self.request.headers.get("Content-Length", "")
         waits_for_a_go_ahead = self.request.headers.get("Expect", "").lower() == "100-continue"
         if waits_for_a_go_ahead and announced.isdigit() and int(announced) > self.max_body:
             raise self._too_large()
+
+    def _require_user(self) -> None:
+        """Also for methods that there are not, and before a stranger's body is taken."""
+        method = getattr(self, str(self.request.method).lower(), None)
+        if not self.current_user and not getattr(method, "__allow_unauthenticated", False):
+            raise web.HTTPError(403)
 
     def _stream_without_delay(self) -> None:
         # Else Nagle's algorithm holds back every small chunk for the client's delayed ACK: 40 ms.
