@@ -97,7 +97,10 @@ async def test_a_kernel_is_locked_up_as_promised(runtime: DockerRuntime, place: 
     started = await runtime.launch(launch)
 
     async with attached(started, launch) as kernel:
-        await runtime._kernels[launch.kernel_id].sealing  # type: ignore[misc]
+        if os.geteuid() == 0:
+            guarding = runtime._kernels[launch.kernel_id].guarding
+            assert guarding is not None
+            await guarding  # ends when the directory is sealed
         seen = json.loads(await kernel.run(PROBE))
         assert await kernel.run("import os; print(os.environ['GREETING'])") == "hello"
     uid = 1000 if os.geteuid() == 0 else os.geteuid()
@@ -186,6 +189,26 @@ async def test_a_fork_bomb_stays_in_its_kernel(runtime: DockerRuntime, place: Pa
 
         assert refused.startswith("BlockingIOError")
         assert await kernel.run("print(len(bombs) < 64)") == "True"
+
+
+async def test_a_kernel_that_fills_its_directory_is_stopped(
+    runtime: DockerRuntime, place: Path
+) -> None:
+    deaths = Deaths(runtime)
+    launch = new_launch(place)
+    started = await runtime.launch(launch)
+
+    async with attached(started, launch) as kernel:
+        if os.geteuid() == 0:
+            guarding = runtime._kernels[launch.kernel_id].guarding
+            assert guarding is not None
+            await guarding
+            refused = await kernel.run("open('/run/sorna/kernel.json', 'ab')")
+            assert refused.startswith("PermissionError")
+        else:
+            kernel.send("open('/run/sorna/x', 'wb').write(b'x' * (32 << 20))")
+            reason = "killed: it filled the directory of its sockets"
+            assert await deaths.next() == (launch.kernel_id, reason)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,24 @@ async def seal_when_bound(directory: Path) -> None:
         await asyncio.sleep(0.05)
 
 
+async def wait_until_overfull(directory: Path) -> None:
+    """Where the directory can't be sealed: returns once the kernel abuses it as a disk."""
+    while not await asyncio.to_thread(_is_overfull, directory):
+        await asyncio.sleep(2)
+
+
+def _is_overfull(directory: Path, most_bytes: int = 16 << 20, most_entries: int = 100) -> bool:
+    size = entries = 0
+    for parent, folders, files in os.walk(directory):
+        entries += len(folders) + len(files)
+        for name in files:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(parent, name)).st_blocks * 512
+        if size > most_bytes or entries > most_entries:
+            return True
+    return False
+
+
 def seal(directory: Path, sockets: set[str]) -> None:
     """Take the directory back from its kernel, and remove what should not be in it."""
     gid = directory.stat().st_gid

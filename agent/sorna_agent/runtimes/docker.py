@@ -57,6 +57,7 @@ from sorna_agent.runtimes.container import (
     container_options,
     hand_over,
     seal_when_bound,
+    wait_until_overfull,
 )
 from sorna_agent.runtimes.images import (
     FOLDER_LABEL,
@@ -95,7 +96,7 @@ class _Kernel:
     is_doomed: bool = False
     """To be destroyed, but the engine was away."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    sealing: asyncio.Task[None] | None = None
+    guarding: asyncio.Task[None] | None = None
 
 
 class DockerRuntime(Runtime):
@@ -151,7 +152,7 @@ class DockerRuntime(Runtime):
         if self._watcher is not None:
             await asyncio.to_thread(self._watcher.stop)
         tasks = [*self._tasks, *self._builds.values()]
-        tasks += [kernel.sealing for kernel in self._kernels.values() if kernel.sealing]
+        tasks += [kernel.guarding for kernel in self._kernels.values() if kernel.guarding]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -331,8 +332,8 @@ class DockerRuntime(Runtime):
             return
         async with kernel.lock:
             kernel.is_alive = False
-            if kernel.sealing is not None:
-                kernel.sealing.cancel()
+            if kernel.guarding is not None:
+                kernel.guarding.cancel()
             kernel.is_doomed = True
             await self._call(self._remove_container, kernel_id)
             await asyncio.to_thread(remove_directory, kernel.launch.directory)
@@ -387,8 +388,25 @@ class DockerRuntime(Runtime):
     def _after_start(self, kernel: _Kernel) -> None:
         # It may have died before `is_alive` said that we care.
         self._spawn(self._check(kernel.launch.kernel_id))
+        if kernel.guarding is not None:
+            kernel.guarding.cancel()
+        kernel.guarding = asyncio.create_task(self._guard(kernel))
+        kernel.guarding.add_done_callback(_log_failure)
+
+    async def _guard(self, kernel: _Kernel) -> None:
+        """Its directory is on the host, where no limit on disk holds: keep the kernel from using
+        it for more than its sockets."""
+        directory, kernel_id = kernel.launch.directory, kernel.launch.kernel_id
         if os.geteuid() == 0:
-            kernel.sealing = asyncio.create_task(seal_when_bound(kernel.launch.directory))
+            await seal_when_bound(directory)
+            return
+        await wait_until_overfull(directory)
+        if kernel.is_alive:
+            kernel.is_alive = False
+            log.warning("kernel %s is killed: it filled its socket directory", kernel_id)
+            with contextlib.suppress(RuntimeUnavailable):
+                await self._call(self._remove_container, kernel_id)
+            self.report_death(kernel_id, "killed: it filled the directory of its sockets")
 
     # -- deaths --
 
