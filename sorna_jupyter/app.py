@@ -63,6 +63,14 @@ aliases = {
 }
 
 
+class HeadlessServerApp(ServerApp):
+    """Jupyter Server with kernels only. It names this attribute as the place to say so."""
+
+    default_services: tuple[str, ...] = tuple(  # type: ignore[assignment]  # of fewer services
+        service for service in ServerApp.default_services if service not in CONTENTS_SERVICES
+    )
+
+
 class SornaApp(ExtensionApp):
     """A Jupyter server whose kernels run in sandboxes and are shared with programs over REST."""
 
@@ -200,11 +208,20 @@ class SornaApp(ExtensionApp):
         """`jupyter sorna …`"""
         arguments = list(sys.argv[1:] if argv is None else argv)
         cls._is_main = True
-        cls.load_other_extensions = "--headless" not in arguments
+        if "--headless" in arguments:
+            cls.load_other_extensions = False
+            cls.serverapp_class = HeadlessServerApp
         # Jupyter Server's own life cycle is of no interest here unless something is wrong.
         super().launch_instance(  # type: ignore[no-untyped-call]
             ["--Application.log_level=WARN", *arguments], **kwargs
         )
+
+    @classmethod
+    def make_serverapp(cls, **kwargs: Any) -> ServerApp:
+        """It parses the command line first, and hands aliases on by itself, but not flags."""
+        serverapp = super().make_serverapp(**kwargs)
+        serverapp.flags = {**serverapp.flags, **cls.flags}
+        return serverapp
 
     def _jupyter_server_config(self) -> Config:
         config: dict[str, Any] = super()._jupyter_server_config()  # type: ignore[no-untyped-call]
@@ -217,11 +234,6 @@ class SornaApp(ExtensionApp):
         if self.headless:
             server["open_browser"] = False
             server["terminals_enabled"] = False
-            server["default_services"] = tuple(
-                service
-                for service in self.serverapp.default_services
-                if service not in CONTENTS_SERVICES
-            )
         # What the user asked for wins over what we would like.
         own = self.serverapp.cli_config.get("ServerApp", {})
         config["ServerApp"] = {k: v for k, v in server.items() if k not in own}
@@ -311,10 +323,8 @@ class SornaApp(ExtensionApp):
     def _stop_by_signal(self) -> None:
         assert self.serverapp is not None
         kernels = len(self.kernels.list())
-        if self.keep_kernels:
-            self.console.say(f"Stopping; {kernels} kernels go on without this server.")
-        else:
-            self.console.say(f"Stopping, with {kernels} kernels.")
+        fate = "left running" if self.keep_kernels else "stopped with it"
+        self.console.say(f"Stopping. Kernels {fate}: {kernels}.")
         self.serverapp.stop()
 
     async def _start_parts(self, serverapp: ServerApp) -> None:
@@ -324,6 +334,7 @@ class SornaApp(ExtensionApp):
         identity = cast(SornaIdentityProvider, serverapp.identity_provider)
         await self.registry.ensure_user(identity.local_user, is_admin=True)
         await self.kernels.load()
+        self._adopted = {kernel.id for kernel in self.kernels.list()}
         # The listener goes after the agent, so that a slow stop does not look like silence.
         await self.listener.start()
         undo.push_async_callback(self.listener.stop)
@@ -379,6 +390,9 @@ class SornaApp(ExtensionApp):
 
     def _on_beat(self, beat: Beat) -> None:
         self.console.show(beat)
+        if adopted := self._adopted & {report.kernel_id for report in beat.kernels}:
+            self.console.say(f"Kernels of an earlier start that are here again: {len(adopted)}.")
+        self._adopted.clear()
         missing = [i.name for i in beat.images if i.state is ImageState.MISSING]
         if missing and self.build_images and not getattr(self, "_building", None):
             agent = next(a for a in self.kernels.agents() if a.id == beat.agent_id)

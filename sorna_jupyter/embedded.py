@@ -1,12 +1,13 @@
 """The agent of a gateway that stands alone: a child process, started, watched and stopped here.
 
 The child outlives a gateway that is killed, so that the next one on the same data directory finds
-its kernels again: it keeps a lock there, and a second child ends at once with `ALREADY_RUNNING`.
+its kernels again: it keeps a lock there, and no second child is started while it does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import signal
@@ -15,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-
-ALREADY_RUNNING = 3
-"""exit status of an agent that found another on its data directory"""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,6 @@ class EmbeddedAgent:
         self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self.failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """set if the agent can't be started at all: what it said"""
 
     def start(self) -> None:
         self._watcher = asyncio.create_task(self._keep_running(), name="embedded agent")
@@ -69,6 +65,10 @@ class EmbeddedAgent:
     async def _keep_running(self) -> None:
         quick_ends = 0
         while True:
+            if other := self._other_pid():
+                log.info("the agent of an earlier start still runs: its kernels are adopted")
+                await _ends(other, timeout=None)
+                continue
             started = asyncio.get_running_loop().time()
             # A session of its own: Ctrl-C in the terminal is for the gateway, which then stops
             # the agent in its turn.
@@ -76,40 +76,25 @@ class EmbeddedAgent:
                 *self._settings.argv(), stdin=asyncio.subprocess.DEVNULL, start_new_session=True
             )
             status = await self._process.wait()
-            if status == ALREADY_RUNNING:
-                log.info("the agent of an earlier start still runs: its kernels are adopted")
-                await self._other_agent_ends()
-                continue
             quick = asyncio.get_running_loop().time() - started < 10
             quick_ends = quick_ends + 1 if quick else 0
             log.error("the agent ended with status %s; starting it again", status)
-            if quick_ends >= 3 and not self.failure.done():
-                self.failure.set_result(f"the agent ends at once, with status {status}")
             await asyncio.sleep(self.RESTART_DELAY * 2 ** min(quick_ends, 5))
 
-    async def _other_agent_ends(self) -> None:
-        pid = self._other_pid()
-        if pid is None:
-            return
-        try:
-            descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        loop.add_reader(descriptor, ended.set)
-        try:
-            await ended.wait()
-        finally:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
-
     def _other_pid(self) -> int | None:
-        """Whoever holds the agent's lock wrote its process id there."""
+        """The agent of an earlier start, if it runs: it holds the lock, and wrote its id there.
+
+        Without the lock the number in the file is history, and may be any process by now.
+        """
         try:
-            return int((self._settings.data_dir / "lock").read_text())
-        except (OSError, ValueError):
+            with (self._settings.data_dir / "lock").open() as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(lock.read())
+        except (FileNotFoundError, ValueError):
             return None
+        return None
 
     def leave(self) -> None:
         """Stop watching, and let the agent run on."""
@@ -119,27 +104,27 @@ class EmbeddedAgent:
     async def stop(self) -> None:
         """Returns when the process is gone; it was asked to end before (`AgentPool.stop_agent`)."""
         self.leave()
-        process = self._process
-        pid = process.pid if process and process.returncode is None else self._other_pid()
-        if pid is None:
-            return
-        if not await _ends(pid, self.STOP_TIMEOUT):
+        pid = self._pid()
+        if pid is not None and not await _ends(pid, self.STOP_TIMEOUT):
             log.warning("the agent did not stop within %g s; it is killed", self.STOP_TIMEOUT)
             os.kill(pid, signal.SIGKILL)
-        if process is not None:
-            await process.wait()
+        if self._process is not None:
+            await self._process.wait()
 
     def terminate(self) -> None:
         """For an agent that could not be asked: SIGTERM stops it and its kernels as well."""
-        pid = self._process.pid if self._process else self._other_pid()
+        pid = self._pid()
         if pid is not None:
-            try:
-                os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError:
-                return
+            os.kill(pid, signal.SIGTERM)
+
+    def _pid(self) -> int | None:
+        if self._process is not None and self._process.returncode is None:
+            return self._process.pid
+        return self._other_pid()
 
 
-async def _ends(pid: int, timeout: float) -> bool:
+async def _ends(pid: int, timeout: float | None) -> bool:
+    """Whether the process, which need not be a child of ours, is gone within that time."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
