@@ -1,8 +1,8 @@
 """Deletes the remote kernel when the local proxy kernel is gone, however it went.
 
 A process of its own, because nothing inside the proxy survives a `kill -9`. It does nothing but
-read a pipe: each line is the id of the kernel to guard now (an empty one: none), and the end of the
-pipe is the end of the proxy. This is the only place that deletes a proxy's kernel; a proxy that
+read a pipe: each line is the kernel to guard now (an empty one: none), and the end of the pipe is
+the end of the proxy. This is the only place that deletes a proxy's kernel; a proxy that
 stops in an orderly way closes the pipe and waits for it.
 """
 
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 from sorna_jupyter.exceptions import NotAllowed, NotFound, SornaError
 from sorna_jupyter.remote import credentials
@@ -21,6 +22,25 @@ from sorna_jupyter.remote.server import Server
 
 PATIENCE = 600.0
 """Seconds to try again if the server can't be reached; then its own idle timeout must do."""
+
+CREATION_TIME = 60.0
+"""Seconds until a kernel that was asked for when the proxy died must have come into being."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """The kernel to delete at the end; `exists` as soon as the server has said so."""
+
+    kernel_id: str = ""
+    exists: bool = True
+
+    def to_line(self) -> bytes:
+        return f"{self.kernel_id} {'exists' if self.exists else 'asked-for'}\n".encode()
+
+    @classmethod
+    def from_line(cls, line: str) -> Guarded:
+        kernel_id, _, word = line.strip().rpartition(" ")
+        return cls(kernel_id, word == "exists")
 
 
 class Guardian:
@@ -37,15 +57,18 @@ class Guardian:
             start_new_session=True,
         )
         self._url = url
-        self._guarded = ""
+        self._guarded = Guarded()
 
-    def guard(self, kernel_id: str) -> None:
-        """From now on, `kernel_id` goes when this process goes. Empty: there is no kernel."""
-        self._guarded = kernel_id
+    def guard(self, kernel_id: str, *, exists: bool = True) -> None:
+        """From now on, `kernel_id` goes when this process goes. Empty: there is no kernel.
+
+        Call it before the kernel is asked for, too: killed in between, we would leave it behind.
+        """
+        self._guarded = Guarded(kernel_id, exists)
         pipe = self._process.stdin
         assert pipe is not None
         try:
-            pipe.write(kernel_id.encode() + b"\n")
+            pipe.write(self._guarded.to_line())
             pipe.flush()
         except OSError:
             pass  # It was killed; `finish` then does its work.
@@ -61,34 +84,37 @@ class Guardian:
         except OSError:
             pass
         try:
-            if self._process.wait(timeout) < 0 and self._guarded:
+            if self._process.wait(timeout) < 0:
                 delete_kernel(self._url, self._guarded, patience=timeout)
         except subprocess.TimeoutExpired:
             pass
 
 
-def delete_kernel(url: str, kernel_id: str, patience: float, token: str | None = None) -> bool:
+def delete_kernel(url: str, guarded: Guarded, patience: float, token: str | None = None) -> bool:
     """Delete the kernel, trying again while the server can't be reached.
 
     The token is looked up each time, because a gateway that was restarted has another; `token`
     is the one to use where there is none any more.
     """
-    give_up_at, pause = time.monotonic() + patience, 0.5
+    if not guarded.kernel_id:
+        return True
+    started, pause = time.monotonic(), 0.25
     while True:
         try:
-            Server(url, credentials.token_for(url) or token or "").delete(
-                f"/api/kernels/{kernel_id}"
-            )
+            server = Server(url, credentials.token_for(url) or token or "")
+            server.delete(f"/api/kernels/{guarded.kernel_id}")
             return True
         except NotFound:
-            return True
+            # One that is still being made may be unknown yet, and there a moment later.
+            if guarded.exists or time.monotonic() > started + min(patience, CREATION_TIME):
+                return True
         except NotAllowed:
             return False
         except SornaError:
-            if time.monotonic() + pause > give_up_at:
+            if time.monotonic() > started + patience:
                 return False
         time.sleep(pause)
-        pause = min(pause * 2, 30.0)
+        pause = min(pause * 2, 2.0 if not guarded.exists else 30.0)
 
 
 def main(argv: list[str]) -> int:
@@ -99,12 +125,10 @@ def main(argv: list[str]) -> int:
         # It ends when the proxy ends and its kernel is gone, and not before.
         signal.signal(number, signal.SIG_IGN)
     token = credentials.token_for(url)
-    kernel_id = ""
+    guarded = Guarded()
     for line in sys.stdin:
-        kernel_id = line.strip()
-    if kernel_id and not delete_kernel(url, kernel_id, PATIENCE, token):
-        return 1
-    return 0
+        guarded = Guarded.from_line(line)
+    return 0 if delete_kernel(url, guarded, PATIENCE, token) else 1
 
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ class RemoteKernel:
                     raise
                 model = {"id": kernel_id}  # It is ours: only the answer was lost.
                 break
+            except NotAllowed:
+                # Some say no more than that a cookie is missing; asked like this, they say why.
+                await self._ask("GET", "/api/status")
+                raise
             is_repeated = True
             await asyncio.sleep(pause)
             pause = min(pause * 2, 10.0)

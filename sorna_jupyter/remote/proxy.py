@@ -36,7 +36,7 @@ from sorna_jupyter.remote.channels import (
     read_header,
 )
 from sorna_jupyter.remote.guardian import Guardian
-from sorna_jupyter.remote.link import RemoteKernel, environment_to_pass
+from sorna_jupyter.remote.link import KernelGone, RemoteKernel, environment_to_pass
 from sorna_jupyter.wire import V1
 
 log = logging.getLogger("sorna.proxy")
@@ -44,6 +44,8 @@ log = logging.getLogger("sorna.proxy")
 OUTBOX_SIZE = 1000
 MAX_ROUTES = 100_000
 PARENT_CHECK_INTERVAL = 2.0
+CHECK_INTERVAL = 30.0
+CHECK_AFTER_GOODBYE = 1.0
 GOODBYE_TIMEOUT = 4.0
 """Seconds to wait for the remote kernel's end; managers kill after 5."""
 
@@ -105,6 +107,7 @@ class Proxy:
         self._interrupts: asyncio.Queue[Route | None] = asyncio.Queue()
         self._probe: tuple[str, list[str]] | None = None
         self._terminated = asyncio.Event()
+        self._said_goodbye = asyncio.Event()
 
     async def run(self, env: dict[str, str]) -> int:
         self._listen_for_signals()
@@ -213,8 +216,7 @@ class Proxy:
     async def _live_with_remote(self, env: dict[str, str]) -> None:
         """Raises when it is over, and says why; never returns."""
         kernel_id = str(uuid.uuid4())
-        # Before it is asked for: killed in between, we would leave it behind.
-        self._guardian.guard(kernel_id)
+        self._guardian.guard(kernel_id, exists=False)
         try:
             await self._remote.create(kernel_id, self._name, env)
         except SornaError:
@@ -222,7 +224,27 @@ class Proxy:
             raise
         self._guardian.guard(self._remote.id)
         log.info("remote kernel %s is %s", self._name, self._remote.id)
-        await asyncio.gather(self._carry_outbox(), self._carry_interrupts(), self._carry_answers())
+        await asyncio.gather(
+            self._carry_outbox(),
+            self._carry_interrupts(),
+            self._carry_answers(),
+            self._watch_remote(),
+        )
+
+    async def _watch_remote(self) -> None:
+        """Some servers leave the websocket open when a kernel is deleted, and say nothing."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CHECK_INTERVAL):
+                    await self._said_goodbye.wait()
+                    self._said_goodbye.clear()
+                    await asyncio.sleep(CHECK_AFTER_GOODBYE)
+            try:
+                await self._remote.check()
+            except KernelGone:
+                raise
+            except SornaError as error:
+                log.info("kernel %s: %s", self._remote.id, error)
 
     async def _carry_outbox(self) -> None:
         while True:
@@ -274,7 +296,9 @@ class Proxy:
     async def _publish(self, msg_type: str, parts: list[bytes]) -> None:
         if msg_type == "iopub_welcome":
             return  # That was the server's own subscription.
-        if msg_type == "status":
+        if msg_type == "shutdown_reply":
+            self._said_goodbye.set()
+        elif msg_type == "status":
             state = msgspec.json.decode(parts[3], type=dict[str, object]).get("execution_state")
             if state == "dead":
                 raise await self._remote.why_dead()
