@@ -12,6 +12,7 @@ import hmac
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Awaitable, Callable
 from itertools import count
 from pathlib import Path
@@ -21,6 +22,7 @@ import zmq
 import zmq.asyncio
 import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from sorna_jupyter import protocol
 from sorna_jupyter.exceptions import AgentUnreachable
@@ -230,7 +232,7 @@ class AgentPool:
     def reopen(self, agent: AgentRow) -> None:
         """The agent's relay is a new process: open there again what clients have open."""
         if agent.id in self._links:
-            self._link(agent).reopen()
+            self._link(agent).start_anew()
 
     def close(self) -> None:
         for link in self._links.values():
@@ -252,6 +254,19 @@ class AgentPool:
         return link
 
 
+class _Feed:
+    """What comes from one kernel, and who wants it."""
+
+    def __init__(self) -> None:
+        self.attached: list[Attachment] = []
+        self.last_seq = 0
+        """number of the last message that came; 0 before the first"""
+
+    @property
+    def sessions(self) -> set[str]:
+        return {attachment.session_id for attachment in self.attached}
+
+
 class _AgentLink:
     """One DEALER to one agent's port, drained from the event loop without a task a message."""
 
@@ -264,7 +279,8 @@ class _AgentLink:
         self._loop = asyncio.get_running_loop()
         self._ids = count(1)
         self._asked: dict[bytes, asyncio.Future[list[bytes]]] = {}
-        self._attached: dict[str, list[Attachment]] = {}
+        self._feeds: dict[str, _Feed] = {}
+        self._route = uuid.uuid4().bytes
         self._drain_scheduled = False
         self._dial(agent)
 
@@ -275,10 +291,17 @@ class _AgentLink:
         self._socket.rcvhwm = 0
         self._socket.sndhwm = 100_000
         self._socket.reconnect_ivl = 50
+        # The same name after a reconnect, so that the relay does not serve our ghost as well.
+        self._socket.routing_id = b"g" + self._route
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         self._keys.secure(self._socket, agent.public_key)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._has_connected = False
         self._socket.connect(_best_address(agent))
-        self._fd = cast(int, self._socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._drain)
+        self._fds = [cast(int, s.getsockopt(zmq.FD)) for s in (self._socket, self._monitor)]
+        self._loop.add_reader(self._fds[0], self._drain)
+        self._loop.add_reader(self._fds[1], self._on_connection)
 
     def is_outdated(self, agent: AgentRow) -> bool:
         mine = self._agent
@@ -287,7 +310,7 @@ class _AgentLink:
     def redial(self, agent: AgentRow) -> None:
         self._hang_up()
         self._dial(agent)
-        self.reopen()
+        self._reopen()
 
     def close(self) -> None:
         self._hang_up()
@@ -295,8 +318,20 @@ class _AgentLink:
             future.cancel()
 
     def _hang_up(self) -> None:
-        self._loop.remove_reader(self._fd)
+        for descriptor in self._fds:
+            self._loop.remove_reader(descriptor)
+        self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
+
+    def _on_connection(self) -> None:
+        """After a cut, the relay may have given us up: say again what we want, from where on."""
+        while self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            if self._has_connected:
+                log.info("connected to agent %s again", self._agent.id)
+                self._reopen()
+            self._has_connected = True
 
     # -- requests
 
@@ -321,37 +356,45 @@ class _AgentLink:
 
     def attach(self, kernel_id: str, session_id: str, on_message: OnMessage) -> Attachment:
         attachment = Attachment(self, kernel_id, session_id, on_message)
-        others = self._attached.setdefault(kernel_id, [])
-        others.append(attachment)
-        if len(others) == 1:
-            self._subscribe(kernel_id)
+        feed = self._feeds.get(kernel_id)
+        if feed is None:
+            feed = self._feeds[kernel_id] = _Feed()
+            self._subscribe(kernel_id, feed)
+        feed.attached.append(attachment)
         self.send([protocol.OPEN, kernel_id.encode(), session_id.encode()])
         return attachment
 
     def detach(self, attachment: Attachment) -> None:
         """Safe to repeat."""
         kernel_id = attachment.kernel_id
-        attached = self._attached.get(kernel_id, [])
-        if attachment not in attached:
+        feed = self._feeds.get(kernel_id)
+        if feed is None or attachment not in feed.attached:
             return
-        attached.remove(attachment)
+        feed.attached.remove(attachment)
         try:
-            if all(other.session_id != attachment.session_id for other in attached):
+            if attachment.session_id not in feed.sessions:
                 self.send([protocol.CLOSE, kernel_id.encode(), attachment.session_id.encode()])
-            if not attached:
-                del self._attached[kernel_id]
+            if not feed.attached:
+                del self._feeds[kernel_id]
                 self.send([protocol.UNSUBSCRIBE, kernel_id.encode()])
         except AgentUnreachable:
             log.debug("agent %s is away; it forgets its clients by itself", self._agent.id)
 
-    def reopen(self) -> None:
-        for kernel_id, attached in self._attached.items():
-            self._subscribe(kernel_id)
-            for session_id in {attachment.session_id for attachment in attached}:
+    def start_anew(self) -> None:
+        """The relay is another process, which counts its messages from 1 again."""
+        for feed in self._feeds.values():
+            feed.last_seq = 0
+        self._reopen()
+
+    def _reopen(self) -> None:
+        for kernel_id, feed in self._feeds.items():
+            self._subscribe(kernel_id, feed)
+            for session_id in feed.sessions:
                 self.send([protocol.OPEN, kernel_id.encode(), session_id.encode()])
 
-    def _subscribe(self, kernel_id: str) -> None:
-        self.send([protocol.SUBSCRIBE, kernel_id.encode(), protocol.pack_seq(0)])
+    def _subscribe(self, kernel_id: str, feed: _Feed) -> None:
+        begin = feed.last_seq + 1 if feed.last_seq else 0
+        self.send([protocol.SUBSCRIBE, kernel_id.encode(), protocol.pack_seq(begin)])
 
     # -- the socket
 
@@ -388,7 +431,11 @@ class _AgentLink:
         kind = frames[0]
         if kind == protocol.MESSAGE:
             message = KernelMessage.from_frames(frames)
-            for attachment in tuple(self._attached.get(message.kernel_id, ())):
+            feed = self._feeds.get(message.kernel_id)
+            if feed is None or message.seq <= feed.last_seq:
+                return  # nobody listens any more, or it came before the cut as well
+            feed.last_seq = message.seq
+            for attachment in tuple(feed.attached):
                 if not message.session or message.session == attachment.session_id:
                     attachment.on_message(message)
         elif kind == protocol.RPC:

@@ -78,6 +78,8 @@ class Kernel:
     reason: str = ""
     execution_state: str = "starting"
     last_activity: float = 0.0
+    seq: int = 0
+    """number of the last message that `execution_state` and `last_activity` tell of"""
     connections: int = 0
     kernel_info: dict[str, Any] | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -196,6 +198,9 @@ class Kernels:
             log.info("agent %s joined: %s", beat.agent_id, beat.isolation)
             self._open_what_waits_for(beat.agent_id)
         elif known.relay_started != beat.relay_started:
+            for kernel in self._kernels.values():
+                if kernel.agent_id == beat.agent_id:
+                    kernel.seq = 0  # a new relay counts anew
             self._agents.reopen(self._agent_rows[beat.agent_id])
         self.joined.set()
         self.on_beat(beat)
@@ -213,8 +218,8 @@ class Kernels:
             return
         if kernel.status is KernelStatus.PREPARING:
             kernel.reason = report.reason
-        elif not kernel.attached:
-            # While someone is attached, the messages themselves tell it sooner.
+        elif report.seq >= kernel.seq:
+            # Else what passed here has told us more already.
             kernel.execution_state = report.execution_state
         kernel.last_activity = max(kernel.last_activity, report.last_activity)
 
@@ -403,6 +408,7 @@ class Kernels:
 
         As jupyter_server does: what a front-end asks by itself is no activity.
         """
+        kernel.seq = message.seq
         if b'"status"' in message.parts[0]:
             try:
                 parent = msgspec.json.decode(message.parts[1], type=_Parent)

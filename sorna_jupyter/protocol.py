@@ -123,6 +123,9 @@ class KernelReport(Message, frozen=True):
     """Jupyter's word: starting, idle, busy"""
     last_activity: float = 0.0
     """Unix time of the last tracked message"""
+    seq: int = 0
+    """number of the last message that these two tell of: older than what a gateway has seen itself,
+    they are no news"""
     owner: str = ""
 
 

@@ -21,9 +21,9 @@ from uuid import uuid4
 
 import zmq
 import zmq.asyncio
-from sorna_agent.runtimes import Launch, Runtime, Started, remove_sockets, write_connection_file
 from zmq.auth.asyncio import AsyncioAuthenticator
 
+from sorna_agent.runtimes import Launch, Runtime, Started, remove_sockets, write_connection_file
 from sorna_jupyter import protocol
 from sorna_jupyter.protocol import (
     Beat,

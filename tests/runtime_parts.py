@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_client.asynchronous import AsyncKernelClient
+
 from sorna_agent.runtimes import PORTS, Launch, Runtime, Started
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from sorna_agent.runtimes import (
     DEFAULT_LIMITS,
     Launch,
@@ -22,7 +23,6 @@ from sorna_agent.runtimes.container import (
     container_options,
 )
 from sorna_agent.runtimes.images import BuildProgress, find_folders, label_spec
-
 from sorna_jupyter.exceptions import InvalidRequest
 from sorna_jupyter.protocol import ImageState, ImageStatus
 

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+
 from sorna_agent.runtimes import Limits, choose_runtime
 from sorna_agent.runtimes.local import ISOLATION, LocalRuntime, find_confinement, find_specs
 from sorna_agent.runtimes.processes import marked_processes, start_time
-
 from sorna_jupyter.exceptions import InvalidRequest, UnknownKernelspec
 from sorna_jupyter.protocol import ImageState
 from tests.runtime_parts import Deaths, attached, is_running, new_launch, short_directory

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import zmq
+
 from sorna_agent.link import RelayLink, RelaySettings
 from sorna_agent.relay_kernel import Signer, as_routing_id
 from sorna_agent.runtimes import Launch, Started
-
 from sorna_jupyter import protocol
 from sorna_jupyter.exceptions import AgentUnreachable
 from sorna_jupyter.protocol import InterruptKernel, ReadKernelLog
@@ -97,7 +97,7 @@ async def house(short_path: Path) -> AsyncIterator[House]:
     agent, gateway = Keys.make(), Keys.make()
     link = RelayLink(settings(short_path, agent, gateway))
     house = House(short_path, link, agent, gateway)
-    link.on_activity = lambda kernel_id, state, at: house.activity.append((kernel_id, state))
+    link.on_activity = lambda told: house.activity.append((told.kernel_id, told.execution_state))
     await link.start()
     yield house
     await house.end()

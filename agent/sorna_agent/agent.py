@@ -19,6 +19,7 @@ from typing import Any
 
 from sorna_agent.kernel_store import KernelRecord, KernelStore
 from sorna_agent.link import RelayLink
+from sorna_agent.relay_messages import KernelActivity
 from sorna_agent.runtimes import Launch, Runtime, Started, remove_directory
 from sorna_jupyter.exceptions import (
     ImageUnavailable,
@@ -141,10 +142,11 @@ class Agent:
         """Take over the kernels of an earlier agent process; those that are gone are dead."""
         kernels = [_Kernel(**vars(record)) for record in self._store.load()]
         running = {k.id: k for k in kernels if k.status is KernelStatus.RUNNING}
+        # First, so that `_on_death` finds those whose death the runtime tells while it looks.
+        self._kernels.update({kernel.id: kernel for kernel in kernels})
         found = await self._runtime.adopt({k.id: k.launch() for k in running.values()})
         connected = set(self._link.adopted_kernels)
         for kernel in kernels:
-            self._kernels[kernel.id] = kernel
             if kernel.id in found:
                 kernel.started = found[kernel.id]
                 if kernel.id not in connected:
@@ -405,6 +407,7 @@ class Agent:
             reason=reason.strip(),
             execution_state=kernel.execution_state,
             last_activity=kernel.last_activity,
+            seq=kernel.seq,
             owner=kernel.request.owner,
         )
 
@@ -421,12 +424,13 @@ class Agent:
             self._link.detach_kernel(kernel_id)
             self._set_status(kernel, KernelStatus.DEAD, reason)
 
-    def _on_activity(self, kernel_id: str, execution_state: str, last_activity: float) -> None:
-        kernel = self._kernels.get(kernel_id)
+    def _on_activity(self, activity: KernelActivity) -> None:
+        kernel = self._kernels.get(activity.kernel_id)
         if kernel is not None:
-            kernel.last_activity = last_activity
-            if kernel.execution_state != execution_state:
-                kernel.execution_state = execution_state
+            kernel.last_activity = activity.last_activity
+            kernel.seq = activity.seq
+            if kernel.execution_state != activity.execution_state:
+                kernel.execution_state = activity.execution_state
                 self.on_change(False)
 
     def _on_image_change(self) -> None:

@@ -134,14 +134,20 @@ class AgentApp:
 
     async def _start_runtime(self, stack: AsyncExitStack) -> Runtime:
         options = self._options
+        last = self._data_dir / "runtime"
+        kind = options.runtime
+        if kind == "auto" and KernelStore(self._data_dir / "kernels.json").load() and last.exists():
+            # An engine that is away right now must not cost us its kernels.
+            kind = last.read_text()
         runtime = await choose_runtime(
-            options.runtime,
+            kind,
             agent_id=self._identity.agent_id,
             base_image=options.base_image or os.environ.get("SORNA_BASE_IMAGE") or None,
             image_folders=tuple(options.image_folder),
         )
         stack.push_async_callback(runtime.close)
         await runtime.start_up()
+        last.write_text(runtime.name)
         log.info("runtime %s: %s", runtime.name, runtime.isolation)
         return runtime
 

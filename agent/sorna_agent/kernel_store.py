@@ -29,6 +29,8 @@ class KernelRecord:
     kernel_info: dict[str, Any] = field(default_factory=dict)
     execution_state: str = "starting"
     last_activity: float = 0.0
+    seq: int = 0
+    """number of the last message that `execution_state` tells of"""
 
 
 class KernelStore:

@@ -54,8 +54,7 @@ RESTART_PAUSE = 1.0
 
 OnRequest = Callable[[bytes, bytes, bytes], None]
 """(gateway's route, request id, request)"""
-OnActivity = Callable[[str, str, float], None]
-"""(kernel id, execution state, last activity)"""
+OnActivity = Callable[[KernelActivity], None]
 
 
 class RelayFailed(Unavailable):
@@ -104,7 +103,7 @@ class RelayLink:
     def __init__(self, settings: RelaySettings) -> None:
         self._settings = settings
         self.on_request: OnRequest = lambda route, request_id, request: None
-        self.on_activity: OnActivity = lambda kernel_id, state, at: None
+        self.on_activity: OnActivity = lambda activity: None
         self.on_restart: Callable[[], None] = lambda: None
         self.started = 0.0
         self.addresses: list[str] = []
@@ -331,7 +330,7 @@ class RelayLink:
                 if ready is not None and not ready.done():
                     ready.set_result(message.kernel_info)
             case KernelActivity():
-                self.on_activity(message.kernel_id, message.execution_state, message.last_activity)
+                self.on_activity(message)
 
 
 def _listening_pid(path: Path) -> int | None:

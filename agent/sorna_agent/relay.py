@@ -237,6 +237,7 @@ class Relay:
                     kernel_id=str(kernel),
                     execution_state=kernel.execution_state,
                     last_activity=kernel.last_activity,
+                    seq=kernel.journal.next - 1,
                 )
             )
         self._active.clear()

@@ -90,6 +90,8 @@ class KernelActivity(RelayMessage, frozen=True, kw_only=True):
     kernel_id: str
     execution_state: str
     last_activity: float
+    seq: int
+    """of the last message that these already tell of"""
 
 
 ToRelay = Hello | OpenKernel | DetachKernel | ForgetKernel | InterruptByMessage | StopRelay

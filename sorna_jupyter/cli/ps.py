@@ -14,7 +14,6 @@ from sorna_jupyter.cli.server import add_url, reporting, server_of
 from sorna_jupyter.exceptions import NotFound, SornaError
 from sorna_jupyter.remote.server import Server
 
-
 ID_LENGTH = 13
 """characters of an id that a line shows; `stop` and `logs` take the beginning of one"""
 

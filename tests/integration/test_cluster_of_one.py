@@ -28,7 +28,9 @@ def test_a_gateway_on_postgresql_and_redis_serves_kernels(
     new_gateway: Callable[..., Gateway], database: str, redis_url: str
 ) -> None:
     gateway = new_gateway(
-        "--runtime=local", f"--SornaApp.database_url={database}", f"--SornaApp.redis_url={redis_url}"
+        "--runtime=local",
+        f"--SornaApp.database_url={database}",
+        f"--SornaApp.redis_url={redis_url}",
     )
 
     run = gateway.post("/api/run", json={"name": "python3", "code": "print(6 * 7)"}).json()

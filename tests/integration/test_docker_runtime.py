@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+
 from sorna_agent.runtimes import Limits, choose_runtime, remove_directory
 from sorna_agent.runtimes.docker import DockerRuntime
-
 from sorna_jupyter.exceptions import (
     ImageUnavailable,
     InvalidRequest,

@@ -1,4 +1,4 @@
-"""`Kernels` with a real registry, a real agent process, its relay, and kernels of the `local` runtime."""
+"""`Kernels` with a real registry, a real agent and relay, and kernels of the `local` runtime."""
 
 from __future__ import annotations
 

@@ -376,7 +376,8 @@ def make_order(
 
 def _bubble_base() -> list[str]:
     """No network, own process ids, nothing of the disk but the system; no capabilities."""
-    arguments = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    # Not --die-with-parent: kernels outlive an agent that is killed, and the next one adopts them.
+    arguments = ["--unshare-all", "--new-session", "--cap-drop", "ALL"]
     arguments += ["--hostname", "sorna"]
     for folder in SYSTEM:
         if os.path.islink(folder):
