@@ -147,6 +147,8 @@ def _data_dir() -> Finding:
     existing = path
     while not existing.exists():
         existing = existing.parent
+    if not existing.is_dir():
+        return Finding("data", "missing", f"{existing} is in the way: it is no directory")
     if not os.access(existing, os.W_OK):
         return Finding(
             "data", "missing", f"{path} can't be written", f"sudo chown -R $USER {existing}"
