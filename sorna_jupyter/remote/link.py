@@ -118,7 +118,9 @@ class RemoteKernel:
         try:
             model = await self._ask("GET", f"/api/kernels/{self.id}", timeout=10.0)
         except NotFound as error:
-            raise KernelGone(error.message) from error
+            # `Kernel does not exist: ID (REASON)`, where the server knows a reason.
+            reason = error.message.removeprefix(f"Kernel does not exist: {self.id} ")
+            raise KernelGone(reason.strip("()")) from error
         if isinstance(model, dict) and model.get("execution_state") == "dead":
             raise KernelGone(str(model.get("reason") or "The kernel died"))
 
