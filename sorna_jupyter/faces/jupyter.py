@@ -7,6 +7,8 @@ models are the stock ones: each front-end depends on some detail of them.
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from http.client import responses
 from typing import Any, cast
 
@@ -231,6 +233,15 @@ class KernelChannelsHandler(KernelWebsocketHandler):
 class _KernelSpecs(SornaAPIHandler):
     auth_resource = "kernelspecs"
 
+    JOIN_WAIT = 10
+    """seconds"""
+
+    async def wait_for_an_agent(self) -> None:
+        """A page opened right after the server's start would show no kernels for a minute."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.JOIN_WAIT):
+                await self.kernels.joined.wait()
+
     def image(self, name: str) -> ImageStatus:
         images = self.kernels.kernelspecs()
         if name not in images:
@@ -248,6 +259,7 @@ class KernelSpecsHandler(_KernelSpecs):
         """`?user=` is Enterprise Gateway's filter, which means nothing here: specs are the same
         for everyone. But jupyter_server's GatewayClient has a bug that puts the name of a single
         spec behind it, `?user=carol/python3`, and then wants that spec alone."""
+        await self.wait_for_an_agent()
         _, slash, name = self.get_query_argument("user", "").rpartition("/")
         if slash:
             self.write_spec(name)
@@ -267,6 +279,7 @@ class KernelSpecHandler(_KernelSpecs):
     @web.authenticated
     @authorized
     async def get(self, kernel_name: str) -> None:
+        await self.wait_for_an_agent()
         self.write_spec(kernel_name)
 
 
