@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from sorna_jupyter import __version__
-from sorna_jupyter.protocol import Limits
+from sorna_jupyter.bodies import LimitsBody
 from sorna_jupyter.run import Event, Execute, RunResult, RunSummary
 
 
@@ -20,7 +20,7 @@ class OneShot(Execute, kw_only=True, forbid_unknown_fields=True):
     name: str | None = None
     """of the kernelspec"""
     env: dict[str, str] = {}
-    limits: Limits = Limits()
+    limits: LimitsBody = msgspec.field(default_factory=LimitsBody)
 
 
 class Input(msgspec.Struct, forbid_unknown_fields=True):
@@ -61,7 +61,7 @@ class NewKernel(msgspec.Struct, kw_only=True):
     env: dict[str, str] = {}
     path: str = ""
     """working directory, relative to the kernel's home"""
-    limits: Limits = Limits()
+    limits: LimitsBody = msgspec.field(default_factory=LimitsBody)
     idle_timeout: float | None = None
     """seconds without activity after which the kernel is stopped"""
 

@@ -430,6 +430,24 @@ async def test_an_unknown_kernelspec_is_404_and_names_those_there_are(app: RestA
     assert "python3" in message
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"env": {"A=B": "1"}},
+        {"env": {"A": "nul\0"}},
+        {"env": {"A": 1}},
+        {"limits": {"memory": -1}},
+        {"limits": {"memory": "much"}},
+        {"limits": {"ram": 1}},
+        {"name": 1},
+    ],
+)
+async def test_a_kernel_that_can_not_be_made_for_one_run_is_400(app: RestApp, body: Any) -> None:
+    await refusal(app, 400, "POST", "/api/run", {"code": "x", **body})
+
+    assert len(app.app.agents.created) == 1
+
+
 async def test_other_methods_are_405_in_json(app: RestApp) -> None:
     await refusal(app, 405, "GET", f"{app.kernel}/execute")
     await refusal(app, 405, "DELETE", f"{app.kernel}/runs")
@@ -494,6 +512,8 @@ async def test_code_up_to_the_limit_is_taken(app: RestApp) -> None:
 async def test_healthz_needs_no_token_and_everything_else_does(app: RestApp) -> None:
     healthy = await app.app.fetch("GET", "/healthz", token=None)
     assert (healthy.code, json.loads(healthy.body)["status"]) == (200, "ok")
+
+    assert (await app.app.fetch("HEAD", "/healthz", token=None)).code == 200
 
     for pattern, _ in rest.handlers():
         if pattern == "/healthz":

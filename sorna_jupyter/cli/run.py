@@ -85,9 +85,12 @@ def _execute(kernel: Kernel, code: str, timeout: float | None) -> int:
 
 
 def _follow(run: Run) -> tuple[Result, bool]:
-    """The run's result, and whether Ctrl-C interrupted it. A second Ctrl-C leaves it alone."""
+    """The run's result, and whether Ctrl-C interrupted it. A second Ctrl-C ends the waiting.
+
+    So does the first while the run is queued: an interrupt would hit someone else's code.
+    """
     screen = _Screen()
-    seen, interrupted = 0, False
+    seen, interrupted, started = 0, False, False
     while True:
         try:
             for event in run.events(seen):
@@ -96,9 +99,10 @@ def _follow(run: Run) -> tuple[Result, bool]:
                     return Result.of(event["run"]), interrupted
                 if event["type"] == "input_request":
                     run.input(_ask(event["prompt"], event["password"]))
+                started = started or event["type"] != "status" or event["status"] != "queued"
                 screen.show(event)
         except KeyboardInterrupt:
-            if interrupted:
+            if interrupted or not started:
                 raise
             interrupted = True
             run.interrupt()

@@ -16,6 +16,7 @@ from tornado import web
 from tornado.iostream import StreamClosedError
 
 from sorna_jupyter import __version__
+from sorna_jupyter.bodies import kernel_env
 from sorna_jupyter.exceptions import InvalidRequest, RunNotFound
 from sorna_jupyter.http import SornaAPIHandler
 from sorna_jupyter.openapi import Complete, Input, Inspect, IsComplete, OneShot, document
@@ -172,8 +173,8 @@ class RunOnceHandler(RunHandler):
             request,
             owner=self.username,
             name=request.name,
-            env=request.env,
-            limits=request.limits,
+            env=kernel_env(request.env, self.username),
+            limits=request.limits.limits(),
         )
         await self.answer_new(run, f"{self.base_url}api/run/{run.id}")
 
@@ -245,6 +246,8 @@ class HealthHandler(SornaAPIHandler):
     @allow_unauthenticated
     def get(self) -> None:
         self.write_json({"status": "ok", "version": __version__})
+
+    head = get
 
 
 class OpenAPIHandler(SornaAPIHandler):

@@ -302,7 +302,29 @@ def test_ctrl_c_interrupts_the_run_and_leaves_no_kernel(
     assert {kernel.id for kernel in client.kernels()} <= before
 
 
-# -- what a gateway's end means --------------------------------------------------------------
+def test_ctrl_c_while_it_waits_its_turn_interrupts_nobody(
+    local_gateway: Gateway, kernel: Kernel
+) -> None:
+    others = kernel.submit("print('begun')\nname = input()", stdin=lambda prompt, password: "")
+    assert next(e for e in others.events() if e["type"] == "input_request")
+    process = subprocess.Popen(
+        [command("jupyter"), "sorna", "run", "--kernel", kernel.id, "-c", "print('mine')"],
+        env=local_gateway.home.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: len(kernel.runs()) == 2, "it is queued")
+
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    others.input("still asked")
+    assert others.result(wait=20).ok
+
+
+# -- connections -----------------------------------------------------------------------------
 
 
 def test_a_clients_stream_survives_a_cut_connection(
