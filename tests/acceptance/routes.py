@@ -11,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from jupyter_server.serverapp import ServerApp
 from tornado.routing import PathMatches, Router, RuleRouter
 from tornado.web import RequestHandler
 from tornado.websocket import WebSocketHandler
+
+from sorna_jupyter.app import SornaApp
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
@@ -87,14 +90,17 @@ def _one_of(choices: Any) -> str:
     raise AssertionError(choices)
 
 
-def main() -> None:
-    from sorna_jupyter.app import SornaApp
-
-    app = SornaApp.initialize_server(argv=sys.argv[1:])
-    web_app = (app if hasattr(app, "web_app") else app.serverapp).web_app
+def print_routes(serverapp: ServerApp, *_: object, **__: object) -> None:
+    web_app = serverapp.web_app
     found = [*routes(web_app.wildcard_router), *routes(web_app.default_router)]
     unique = {(route["pattern"], route["handler"]): route for route in found}
     print(json.dumps(list(unique.values())))
+
+
+def main() -> None:
+    # The whole way of `jupyter sorna`, up to where it would begin to serve
+    ServerApp.start = print_routes
+    SornaApp.launch_instance(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ for place in [pathlib.Path.home(), pathlib.Path('/tmp')]:
             for _ in range(1024):
                 file.write(b'x' * (1 << 20))
     except OSError as error:
-        print('full:', errno.errorcode[error.errno], file.tell() <= 65 << 20)
+        size = (place / 'full').stat().st_size
+        print('full:', errno.errorcode[error.errno], 32 << 20 < size <= 64 << 20)
     os.unlink(place / 'full')
 for place in ['/', '/usr', '/etc', '/var/tmp']:
     try:
