@@ -13,8 +13,8 @@ from sorna_jupyter.protocol import Beat, ImageState
 class ServerConsole:
     """Prints to stderr, as the log does, so that stdout stays free."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._bars: dict[str, TaskID] = {}
         self._said: set[str] = set()
@@ -37,7 +37,9 @@ class ServerConsole:
         for image in building.values():
             if image.name not in self._bars:
                 self.say(f"Kernels of {image.name!r} start once its image is built (once only).")
-                self._bars[image.name] = self._bar().add_task(f"image {image.name}", total=1.0)
+                self._bars[image.name] = self._bar().add_task(
+                    f"image {image.name}", total=1.0, message=""
+                )
             self._bar().update(
                 self._bars[image.name], completed=image.progress, message=image.message[:60]
             )
@@ -49,7 +51,11 @@ class ServerConsole:
                 if image.state is ImageState.READY:
                     self.say(f"Image {image.name!r} is ready.")
                 else:
-                    self.say(f"Image {image.name!r} could not be built: {image.message}")
+                    self.say(
+                        f"Image {image.name!r} could not be built: {image.message}\n"
+                        "  `jupyter sorna images build` tries again; --base-image=NAME builds on "
+                        "another base."
+                    )
         if not self._bars and self._progress is not None:
             self.close()
 
