@@ -106,6 +106,21 @@ def start(install: Install, far: StockServer, network: Network, near: Path) -> I
     # Whatever a test did, none may stay behind; this is half of what is tested here.
     network.restore()
     wait_until(lambda: not far.kernels(), "no remote kernel is left")
+    # Each still has to hear that its kernel is gone, before the network goes.
+    wait_until(lambda: not guardians({far.url, network.url}), "no guardian is left")
+
+
+def guardians(urls: set[str]) -> list[int]:
+    """The guardians of kernels at these addresses."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            argv = file.read_text().split("\0")
+        except OSError:
+            continue
+        if "sorna_jupyter.remote.guardian" in argv and urls.intersection(argv):
+            found.append(int(file.parent.name))
+    return found
 
 
 def outputs_of(client: BlockingKernelClient, msg_id: str) -> Iterator[Message]:
