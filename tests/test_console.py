@@ -31,7 +31,9 @@ def a_beat(state: ImageState, progress: float = 0.0, message: str = "") -> Beat:
 
 def shown(*beats: Beat, terminal: bool = False) -> str:
     out = io.StringIO()
-    console = ServerConsole(Console(file=out, force_terminal=terminal, width=100))
+    console = ServerConsole(
+        Console(file=out, force_terminal=terminal, width=100, color_system=None, highlight=False)
+    )
     console.welcome("http://localhost:8888/tree?token=t")
     for beat in beats:
         console.show(beat)

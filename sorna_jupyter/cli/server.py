@@ -14,7 +14,7 @@ from sorna_jupyter.remote.server import Server
 
 def add_url(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--url", help="which server; else SORNA_URL, the one on this machine, or the last login"
+        "--url", help="which server; else SORNA_URL, the last login, or the one on this machine"
     )
 
 
