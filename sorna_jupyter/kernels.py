@@ -484,6 +484,8 @@ class Kernels:
             if status is KernelStatus.DEAD
             else self._registry.mark_terminated
         )
+        if status is KernelStatus.DEAD and kernel.status is KernelStatus.TERMINATING:
+            return  # what failed was only in the way of `stop`, which ends it with its own reason
         try:
             self._apply(await mark(kernel.id, reason))
         except IllegalTransition:
