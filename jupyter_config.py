@@ -50,6 +50,7 @@ c = get_config()  # noqa: F821
 # c.SornaApp.max_cpus = 0
 # c.SornaApp.max_pids = 4096
 # c.SornaApp.max_disk = ""
+# c.SornaApp.memory_overcommit = 4       # times the machine's memory, promised to kernels together
 # c.SornaApp.max_kernels = 0             # of one user at a time
 
 # -- Messages --------------------------------------------------------------------------------

@@ -176,6 +176,11 @@ class SornaApp(ExtensionApp):
     default_disk = Unicode(
         "256 MiB", help="A kernel's writable space in its home and in /tmp, each."
     ).tag(config=True)
+    memory_overcommit = Float(
+        4,
+        help="How many times over the embedded agent promises its machine's memory to kernels, "
+        "most of which use far less than their limit. 1: no more than there is.",
+    ).tag(config=True)
     max_memory = Unicode("", help="The most memory a request may ask for. Empty: no bound.").tag(
         config=True
     )
@@ -435,6 +440,7 @@ class SornaApp(ExtensionApp):
             orphan_timeout=self.orphan_timeout,
             more=(
                 *("--log-level", "DEBUG" if debug else "WARNING"),
+                *("--memory-overcommit", f"{self.memory_overcommit:g}"),
                 *(("--base-image", self.base_image) if self.base_image else ()),
             ),
         )

@@ -73,7 +73,7 @@ class AgentApp:
         keys_file = self._data_dir / "agent.json"
         self._identity = Identity.load(keys_file)
         self._join_token = options.join_token_file.read_text().strip()
-        self._slots = find_slots(options.max_kernels)
+        self._slots = find_slots(options.max_kernels, options.memory_overcommit)
         stop = asyncio.Event()
         keep_kernels = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -248,6 +248,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--beat-interval", type=float, default=3.0, help="seconds between beats")
     add("--keep-kernels", action="store_true", help="a signal ends the agent, not its kernels")
     add("--max-kernels", type=int, default=None, help="default: one for each 256 MiB of memory")
+    add("--memory-overcommit", type=float, default=1.0, help="how many times over this machine's"
+        " memory may be promised to kernels; most use far less than their limit")  # fmt: skip
     add("--base-image", default=None, help="of kernel images that are built here; also"
         " $SORNA_BASE_IMAGE")  # fmt: skip
     add("--image-folder", type=Path, action="append", default=[], help="more kernel images")

@@ -12,10 +12,11 @@ MEMORY_A_KERNEL = 256 << 20
 FEWEST_KERNELS = 4
 
 
-def find_slots(max_kernels: int | None = None) -> Slots:
+def find_slots(max_kernels: int | None = None, overcommit: float = 1.0) -> Slots:
+    """`overcommit`: how many times over the memory may be promised to kernels."""
     memory = usable_memory()
     kernels = max_kernels or max(FEWEST_KERNELS, memory // MEMORY_A_KERNEL)
-    return Slots(cpus=usable_cpus(), memory=memory, kernels=kernels)
+    return Slots(cpus=usable_cpus(), memory=int(memory * overcommit), kernels=kernels)
 
 
 def usable_cpus() -> float:
