@@ -118,7 +118,13 @@ def place_kernel(db: Session, name: str, need: Limits) -> str:
         raise NoAgentAvailable(f"No agent that has kernelspec {name!r} is connected")
     chosen = pick_agent(candidates, need)
     if chosen is None:
-        raise NoAgentAvailable()
+        freest = max(candidates, key=lambda agent: agent.free_share)
+        raise NoAgentAvailable(
+            f"No agent has room for this kernel: it needs {(need.memory or 0) >> 20} MiB and "
+            f"{need.cpus or 0:g} cores; the freest has {freest.free_memory >> 20} MiB, "
+            f"{freest.slots.cpus:g} cores and {freest.free_kernels} more kernels to give. "
+            "Stop one, or ask for less."
+        )
     return chosen.agent_id
 
 
