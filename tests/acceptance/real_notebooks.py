@@ -60,10 +60,11 @@ class RealNotebook:
         return kept
 
     def read(self) -> NotebookNode:
-        """As format 4.5, with everything that an earlier run has left taken out."""
+        """As format 4.5 wants it, without all that an earlier run has left."""
         notebook = nbformat.read(self.path(), as_version=4)
         notebook.nbformat_minor = 5
         notebook.metadata.pop("widgets", None)
+        notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
         for number, cell in enumerate(notebook.cells):
             cell["id"] = f"cell-{number}"
             if cell.cell_type == "code":

@@ -37,7 +37,8 @@ for place in [pathlib.Path.home(), pathlib.Path('/tmp')]:
                 file.write(b'x' * (1 << 20))
     except OSError as error:
         size = (place / 'full').stat().st_size
-        print('full:', errno.errorcode[error.errno], 32 << 20 < size <= 64 << 20)
+        # no space left, or the file is larger than any may be
+        print('full:', error.errno in (errno.ENOSPC, errno.EFBIG), 32 << 20 < size <= 64 << 20)
     os.unlink(place / 'full')
 for place in ['/', '/usr', '/etc', '/var/tmp']:
     try:
@@ -125,8 +126,8 @@ def test_a_full_disk_is_an_error_in_its_kernel_only(docker_gateway: Gateway, bom
     printed = docker_gateway.text(bomb, DISK_BOMB)
 
     assert printed.splitlines() == [
-        "full: ENOSPC True",
-        "full: ENOSPC True",
+        "full: True True",
+        "full: True True",
         "/ EROFS",
         "/usr EROFS",
         "/etc EROFS",
