@@ -39,6 +39,8 @@ FIRST_RESEND, LAST_RESEND = 0.05, 0.4
 """seconds between kernel_info requests to a kernel that does not answer yet"""
 LAST_WORDS = 0.1
 """seconds that an ended process' sockets are still read"""
+STDIN_GRACE = 5.0
+"""seconds that messages wait for stdin to be connected; every kernel should have one"""
 ENOUGH_REPLIES = 4
 """kernel_info replies after which a kernel counts as ready though it never sent on iopub"""
 
@@ -105,6 +107,8 @@ class Session:
     owners: set[bytes] = field(default_factory=set)
     sockets: dict[bytes, Socket] = field(default_factory=dict)
     close_at: float | None = None
+    waiting: list[tuple[bytes, list[bytes]]] | None = None
+    """channel and frames of what is sent once stdin is connected; None: it is"""
 
 
 class _Probe:
@@ -242,18 +246,45 @@ class KernelSide:
         # input() never returns.
         routing_id = as_routing_id(session_id)
         for channel in CLIENT_CHANNELS:
-            socket = self._connect(zmq.DEALER, channel, routing_id, SNDHWM=10_000)
+            # IMMEDIATE: stdin is writable only once it is connected.
+            socket = self._connect(
+                zmq.DEALER, channel, routing_id, SNDHWM=10_000, IMMEDIATE=channel == b"stdin"
+            )
             session.sockets[channel] = socket
 
             def drain(socket: Socket, channel: bytes = channel) -> None:
                 self._drain(socket, session_id, channel)
 
             self._watcher.watch(socket, drain, zmq.POLLIN)
+            if channel == b"stdin":
+                self._wait_for_stdin(session, socket, drain)
+
+    def _wait_for_stdin(
+        self, session: Session, stdin: Socket, drain: Callable[[Socket], None]
+    ) -> None:
+        """Hold back requests until the kernel can reach the client's stdin.
+
+        A kernel's ROUTER drops what it has no connection for: the prompt of an `input()` in the
+        very first cell would be lost, and the cell would wait for ever.
+        """
+        session.waiting = []
+
+        def send_waiting(_: Socket) -> None:
+            if session.sockets.get(b"stdin") is not stdin or session.waiting is None:
+                return  # another process of the kernel by now, or already done
+            self._watcher.watch(stdin, drain, zmq.POLLIN)
+            waiting, session.waiting = session.waiting, None
+            for channel, frames in waiting:
+                self._send_frames(session, channel, frames)
+
+        self._watcher.watch(stdin, send_waiting, zmq.POLLOUT)
+        self._watcher.call_later(STDIN_GRACE, lambda: send_waiting(stdin))
 
     def _close_sockets(self, session: Session) -> None:
         for socket in session.sockets.values():
             self._close(socket)
         session.sockets.clear()
+        session.waiting = None
 
     # -- to the kernel -----------------------------------------------------------------------
 
@@ -262,12 +293,19 @@ class KernelSide:
         session = self._sessions.get(session_id)
         if session is None or owner not in session.owners:
             session = self.open_session(session_id, owner)
+        frames = [DELIMITER, self._signer.sign(parts), *parts]
+        if session.waiting is not None:
+            session.waiting.append((channel, frames))
+        else:
+            self._send_frames(session, channel, frames)
+
+    def _send_frames(self, session: Session, channel: bytes, frames: list[bytes]) -> None:
         socket = session.sockets.get(channel)
         if socket is None:
             log.warning("kernel %s: no socket for a message on %r: it is lost", self, channel[:20])
             return
         try:
-            socket.send_multipart([DELIMITER, self._signer.sign(parts), *parts], zmq.NOBLOCK)
+            socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             log.warning(
                 "kernel %s: has not read for long, a message on %r is lost", self, channel[:20]

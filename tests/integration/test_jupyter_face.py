@@ -47,6 +47,17 @@ def test_jupyter_console_is_asked_for_input(socket: KernelSocket) -> None:
     assert execution.text == "<name? ><name? >\n"
 
 
+def test_papermill_is_asked_for_input_by_the_very_first_cell(
+    local_gateway: Gateway, kernel_id: str
+) -> None:
+    """A kernel drops a prompt for a stdin that is not connected yet, and waits for ever."""
+    for attempt in range(30):
+        with KernelSocket(local_gateway, kernel_id, FRAMINGS[attempt % 2]) as socket:
+            execution = socket.execute("print(input())", timeout=10, on_input=lambda _: "yes")
+
+            assert execution.text == "yes\n"
+
+
 def test_ipywidgets_buffers_go_both_ways(socket: KernelSocket) -> None:
     socket.execute(
         "from ipykernel.comm import Comm\n"
