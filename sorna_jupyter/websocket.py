@@ -20,7 +20,7 @@ from jupyter_server.services.kernels.connection.base import BaseKernelWebsocketC
 from tornado.iostream import IOStream, StreamClosedError
 from traitlets import Integer
 
-from sorna_jupyter.exceptions import SornaError
+from sorna_jupyter.exceptions import KernelNotFound, SornaError
 from sorna_jupyter.jupyter_manager import SornaMappingKernelManager
 from sorna_jupyter.kernels import Kernel
 from sorna_jupyter.protocol import KernelMessage, KernelStatus
@@ -88,9 +88,12 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             self._attachment = self.multi_kernel_manager.kernels.attach(
                 self.kernel_id, self.session_id, self, counts=True
             )
-        except SornaError as error:
+        except KernelNotFound as error:
             # It ended between the handshake and now.
             self._tell_death(f"{error.message}\n")
+            return
+        except SornaError as error:
+            self._close(TRY_AGAIN_LATER, error.message)
             return
         if self.kernel.status is KernelStatus.PREPARING:
             self._say("iopub", "status", {"execution_state": "starting"})
@@ -140,13 +143,12 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     # -- `Listener`
 
     def on_kernel_message(self, message: KernelMessage) -> None:
-        channel, parts = message.channel, message.parts
-        if channel == "iopub" and not self.multi_kernel_manager.allow_tracebacks:
-            parts = self._without_traceback(parts)
-        elif not self._is_proxy:
+        hides = message.channel == "iopub" and not self.multi_kernel_manager.allow_tracebacks
+        if hides or self._is_proxy:
+            parts = self._without_traceback(message.parts) if hides else message.parts
+            self._write_parts(message.channel, parts)
+        else:
             self._write(self._encoded(message))
-            return
-        self._write_parts(channel, parts)
 
     def on_kernel_event(self, kernel: Kernel) -> None:
         match kernel.status:

@@ -7,7 +7,7 @@ import pytest
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from tornado.httpclient import HTTPClientError
 
-from sorna_jupyter.exceptions import AgentUnreachable, KernelStartFailed
+from sorna_jupyter.exceptions import AgentUnreachable, KernelNotFound, KernelStartFailed
 from sorna_jupyter.protocol import KernelMessage, KernelStatus
 from sorna_jupyter.websocket import SornaWebsocketConnection, is_proxy, websocket_frame
 from sorna_jupyter.wire import LEGACY, V1, V1_PROTOCOL
@@ -218,6 +218,27 @@ async def test_a_client_whose_agent_is_out_of_reach_is_told_to_come_back(app, so
     await socket.send("shell", "execute_request")
 
     assert await socket.closed() == (1013, "The agent did not answer in time.")
+
+
+async def test_a_kernel_that_ends_during_the_handshake_is_dead(app, kernel_id, monkeypatch):
+    def gone(*args, **options):
+        raise KernelNotFound(kernel_id, "idle for 60 s")
+
+    monkeypatch.setattr(app.kernels, "attach", gone)
+    socket = await app.socket(kernel_id)
+
+    assert "idle for 60 s" in (await socket.receive())[2]["text"]
+    assert await socket.receive() == status("dead")
+
+
+async def test_a_kernel_out_of_reach_during_the_handshake_is_not_dead(app, kernel_id, monkeypatch):
+    def away(*args, **options):
+        raise AgentUnreachable()
+
+    monkeypatch.setattr(app.kernels, "attach", away)
+    socket = await app.socket(kernel_id)
+
+    assert (await socket.closed())[0] == 1013
 
 
 # -- messages from the kernel ----------------------------------------------------------------
