@@ -40,6 +40,9 @@ STATUS_OF_ERROR: dict[type[errors.SornaError], int] = {
 
 MAX_BODY = 10 * 1024 * 1024
 
+KERNEL_ID = r"(?P<kernel_id>[^/]+)"
+"""in a route: any text, so that an ill-formed id gets the same answer as one that no kernel has"""
+
 
 def status_of(error: errors.SornaError) -> int:
     return next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
@@ -123,6 +126,11 @@ class SornaAPIHandler(APIHandler):
         else:
             self._chunks.clear()
 
+    def _has_whole_body(self) -> bool:
+        announced = self.request.headers.get("Content-Length", "0")
+        is_chunked = "Transfer-Encoding" in self.request.headers
+        return not is_chunked and announced.isdigit() and self._received >= int(announced)
+
     def body_bytes(self) -> bytes:
         if self._received > self.max_body:
             raise self._too_large()
@@ -154,6 +162,9 @@ class SornaAPIHandler(APIHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """`{"message", "reason"}`: the text for people, and the status in words. No traceback."""
+        if not self._has_whole_body():
+            # The rest is never read, so the connection can't be used again.
+            self.set_header("Connection", "close")
         error = _error_of(kwargs)
         reason = responses.get(status_code, "Unknown HTTP error")
         message = reason

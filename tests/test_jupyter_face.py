@@ -587,7 +587,9 @@ async def test_a_lost_kernel_is_still_listed_with_its_reason(app):
 
 
 async def test_vscode_finds_no_hub(app):
-    await refused(app, 404, "GET", "/hub/api", token=None)
+    """200 would mean a JupyterHub, with a token or without."""
+    await refused(app, 404, "GET", "/hub/api")
+    await refused(app, 403, "GET", "/hub/api", token=None)
 
 
 async def test_vscode_finds_a_tree_page(tmp_path):

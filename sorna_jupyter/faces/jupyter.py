@@ -15,14 +15,16 @@ from typing import Any, cast
 import msgspec
 from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.multikernelmanager import DuplicateKernelError
-from jupyter_server.auth.decorator import allow_unauthenticated, authorized
+from jupyter_server.auth.decorator import authorized
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from jupyter_server.services.sessions.sessionmanager import KernelName
 from jupyter_server.utils import url_path_join
 from tornado import web
+from tornado.websocket import WebSocketProtocol, WebSocketProtocol13
 
+from sorna_jupyter.bodies import LimitsBody, kernel_env
 from sorna_jupyter.exceptions import InvalidRequest, UnknownKernelspec
-from sorna_jupyter.http import SornaAPIHandler
+from sorna_jupyter.http import KERNEL_ID, SornaAPIHandler
 from sorna_jupyter.jupyter_manager import (
     SornaSessionManager,
     checked_kernel_id,
@@ -30,18 +32,15 @@ from sorna_jupyter.jupyter_manager import (
     kernel_model,
     kernelspec_model,
 )
-from sorna_jupyter.protocol import ImageStatus, Limits, parse_size
-
-MAX_ENV_VALUE = 128 * 1024
-"""bytes: what Linux takes for one variable"""
+from sorna_jupyter.protocol import ImageStatus, Limits
 
 
 def handlers(*, headless: bool = False) -> list[tuple[Any, ...]]:
     routes: list[tuple[Any, ...]] = [
         (r"/api/kernels", KernelsHandler),
-        (r"/api/kernels/(?P<kernel_id>[^/]+)", KernelHandler),
-        (r"/api/kernels/(?P<kernel_id>[^/]+)/(?P<action>interrupt|restart)", KernelActionHandler),
-        (r"/api/kernels/(?P<kernel_id>[^/]+)/channels", KernelChannelsHandler),
+        (rf"/api/kernels/{KERNEL_ID}", KernelHandler),
+        (rf"/api/kernels/{KERNEL_ID}/(?P<action>interrupt|restart)", KernelActionHandler),
+        (rf"/api/kernels/{KERNEL_ID}/channels", KernelChannelsHandler),
         (r"/api/kernelspecs", KernelSpecsHandler),
         (r"/api/kernelspecs/(?P<kernel_name>[^/]+)", KernelSpecHandler),
         (r"/kernelspecs/(?P<kernel_name>[^/]+)/(?P<path>.*)", KernelSpecResourceHandler),
@@ -55,25 +54,6 @@ def handlers(*, headless: bool = False) -> list[tuple[Any, ...]]:
 
 
 # -- request bodies --------------------------------------------------------------------------
-
-
-class LimitsBody(msgspec.Struct, forbid_unknown_fields=True):
-    """Sizes in bytes, or as people write them: `"512m"`, `"1 GiB"`."""
-
-    memory: int | str | None = None
-    cpus: float | None = None
-    pids: int | None = None
-    disk: int | str | None = None
-
-    def limits(self) -> Limits:
-        limits = Limits(
-            memory=_size(self.memory), cpus=self.cpus, pids=self.pids, disk=_size(self.disk)
-        )
-        for name in limits.__struct_fields__:
-            value = getattr(limits, name)
-            if value is not None and not 0 < value < 2**63:
-                raise InvalidRequest(f"The limit {name} must be positive, not {value}")
-        return limits
 
 
 class KernelBody(msgspec.Struct):
@@ -111,28 +91,6 @@ class SessionBody(msgspec.Struct):
         if self.notebook is not None:
             self.type = "notebook"
             self.path = self.notebook.path or self.notebook.name or self.path
-
-
-def kernel_env(env: dict[str, str], username: str) -> dict[str, str]:
-    """What may go into a kernel's environment. Raises `InvalidRequest`.
-
-    `KERNEL_USERNAME` is only a claim, and gateways before this one believed it.
-    """
-    for name, value in env.items():
-        if not name or "=" in name or "\0" in name + value:
-            raise InvalidRequest(f"{name[:80]!r} can't be an environment variable")
-        if len(value.encode("utf-8", "replace")) > MAX_ENV_VALUE:
-            raise InvalidRequest(f"The environment variable {name[:80]} is above {MAX_ENV_VALUE}")
-    return {
-        name: value for name, value in env.items() if name != "KERNEL_USERNAME" or value == username
-    }
-
-
-def _size(size: int | str | None) -> int | None:
-    try:
-        return parse_size(size) if isinstance(size, str) else size
-    except OverflowError as error:
-        raise InvalidRequest(f"not a size: {str(size)[:40]!r}") from error
 
 
 # -- kernels ---------------------------------------------------------------------------------
@@ -212,6 +170,15 @@ class KernelChannelsHandler(KernelWebsocketHandler):
         if len(session_id.encode()) > self.MAX_SESSION_ID:
             raise web.HTTPError(400, f"The session_id is above {self.MAX_SESSION_ID} bytes")
         await super().pre_get()  # type: ignore[no-untyped-call]
+
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        """jupyter_server's mixin pings every 30 s. It says so in milliseconds under the name
+        that tornado reads in seconds, and tornado warns of what it makes of that."""
+        protocol = super().get_websocket_protocol()
+        if isinstance(protocol, WebSocketProtocol13):
+            protocol.params.ping_interval = None
+            protocol.params.ping_timeout = None
+        return protocol
 
     def on_close(self) -> None:
         # A handshake that failed half-way has no connection.
@@ -418,7 +385,7 @@ class SessionHandler(_Sessions):
 class NoHubHandler(SornaAPIHandler):
     """VS Code asks it first: 200 would mean JupyterHub."""
 
-    @allow_unauthenticated
+    @web.authenticated
     def get(self) -> None:
         raise web.HTTPError(404, "This is no JupyterHub")
 

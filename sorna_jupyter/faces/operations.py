@@ -13,11 +13,10 @@ from tornado import web
 
 from sorna_jupyter.auth import is_admin
 from sorna_jupyter.exceptions import NotAllowed
-from sorna_jupyter.http import SornaAPIHandler
+from sorna_jupyter.http import KERNEL_ID, SornaAPIHandler
 from sorna_jupyter.kernels import Kernel
 
 AUTH_RESOURCE = "kernels"
-KERNEL_ID = r"(?P<kernel_id>\w+-\w+-\w+-\w+-\w+)"
 
 
 class NewToken(msgspec.Struct, forbid_unknown_fields=True):

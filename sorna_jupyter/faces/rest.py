@@ -18,12 +18,11 @@ from tornado.iostream import StreamClosedError
 from sorna_jupyter import __version__
 from sorna_jupyter.bodies import kernel_env
 from sorna_jupyter.exceptions import InvalidRequest, RunNotFound
-from sorna_jupyter.http import SornaAPIHandler
+from sorna_jupyter.http import KERNEL_ID, SornaAPIHandler
 from sorna_jupyter.openapi import Complete, Input, Inspect, IsComplete, OneShot, document
 from sorna_jupyter.run import Execute, LoggedEvent, Run
 
 AUTH_RESOURCE = "kernels"
-KERNEL_ID = r"(?P<kernel_id>\w+-\w+-\w+-\w+-\w+)"
 RUN_ID = r"(?P<run_id>[\w-]+)"
 
 JSON, NDJSON, SSE = "application/json", "application/x-ndjson", "text/event-stream"
