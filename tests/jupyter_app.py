@@ -213,6 +213,8 @@ class App:
 
     async def start_kernel(self, token: str = TOKEN, **body: Any) -> str:
         model = await self.json("POST", "/api/kernels", body, token=token)
+        if self.agents.let_start.is_set():
+            await self.kernels.wait_ready(model["id"], 10)
         return str(model["id"])
 
     async def user(self, name: str, *, is_admin: bool = False) -> str:

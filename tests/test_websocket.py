@@ -6,12 +6,13 @@ import json
 import pytest
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from tornado.httpclient import HTTPClientError
+from tornado.websocket import websocket_connect
 
 from sorna_jupyter.exceptions import AgentUnreachable, KernelNotFound, KernelStartFailed
 from sorna_jupyter.protocol import KernelMessage, KernelStatus
 from sorna_jupyter.websocket import SornaWebsocketConnection, is_proxy, websocket_frame
 from sorna_jupyter.wire import LEGACY, V1, V1_PROTOCOL
-from tests.jupyter_app import KERNEL_INFO, running_app
+from tests.jupyter_app import KERNEL_INFO, TOKEN, running_app
 
 PROXY = {"User-Agent": "Tornado/6.6.1"}
 FRAMINGS = [pytest.param((V1_PROTOCOL,), id="v1"), pytest.param((), id="legacy")]
@@ -127,6 +128,21 @@ async def test_the_socket_is_not_delayed(app, kernel_id, monkeypatch):
     await app.socket(kernel_id)
 
     await until(lambda: seen == [True])
+
+
+async def test_a_load_balancer_sees_a_ping_every_now_and_then(tmp_path, caplog):
+    settings = {"ServerApp": {"tornado_settings": {"ws_ping_interval": 20}}}
+    async with running_app(tmp_path, **settings) as app:
+        kernel_id = await app.start_kernel()
+        pinged = asyncio.Event()
+        url = f"ws://127.0.0.1:{app.port}/api/kernels/{kernel_id}/channels?token={TOKEN}"
+        connection = await websocket_connect(url)
+        connection.on_ping = lambda data: pinged.set()
+
+        async with asyncio.timeout(10):
+            await pinged.wait()
+
+    assert "websocket_ping" not in caplog.text
 
 
 # -- messages to the kernel ------------------------------------------------------------------
