@@ -121,10 +121,18 @@ class AgentApp:
             finally:
                 beating.cancel()
                 await asyncio.gather(beating, return_exceptions=True)
-        kernels = self._runtime_dir / "k"
-        if kernels.is_dir() and not any(kernels.iterdir()):
-            kernels.rmdir()
+        self._tidy_up()
         log.info("agent %s ends", self._identity.agent_id)
+
+    def _tidy_up(self) -> None:
+        """Also after a gateway on this machine that was killed: nobody else removes its socket."""
+        for address in self._options.manager_addr.split(","):
+            path = Path(address.strip().removeprefix("ipc://"))
+            if path.parent == self._runtime_dir and not _is_listening(path):
+                path.unlink(missing_ok=True)
+        for folder in (self._runtime_dir / "k", self._runtime_dir):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     @staticmethod
     def _is_wanted(beating: asyncio.Task[None]) -> bool:
@@ -201,6 +209,15 @@ def host_name() -> str:
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     boot = boot_id.read_text().strip() if boot_id.exists() else ""
     return f"{socket.gethostname()}/{boot}"
+
+
+def _is_listening(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def _reachable(address: str) -> str:
