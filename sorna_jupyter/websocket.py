@@ -83,8 +83,6 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         self._replace_older()
         self._open.add(self)
         try:
-            # TODO(journal): with cursors this becomes "from the last message this session got",
-            # and `_write` grants credit as the client drains.
             self._attachment = self.multi_kernel_manager.kernels.attach(
                 self.kernel_id, self.session_id, self, counts=True
             )
@@ -158,10 +156,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
                 self._tell_death(f"The kernel was stopped: {kernel.reason}\n")
             case KernelStatus.LOST:
                 self._say_stderr(f"The kernel is out of reach: {kernel.reason}\n")
-            case KernelStatus.RESTARTING if kernel.execution_state == "autorestarting":
-                # Only a restart that nobody asked for: on a manual one, front-ends wait for
-                # the REST call's answer and would take this for another restart.
-                self._say("iopub", "status", {"execution_state": "restarting"})
+            # Nothing of a restart: front-ends wait for the REST call's answer, and would take a
+            # status for another restart, that nobody asked for.
 
     def _tell_death(self, note: str) -> None:
         """The socket stays open, as everywhere: front-ends close it when they have shown it."""
