@@ -509,16 +509,6 @@ async def test_jupyterlab_hears_of_a_restart_over_http_only(app, socket, kernel_
     assert not attached.is_closed
 
 
-async def test_jupyterlab_is_told_of_a_restart_that_nobody_asked_for(app, socket, kernel_id):
-    await app.attached()
-    kernel = app.kernels.get(kernel_id)
-    kernel.status, kernel.execution_state = KernelStatus.RESTARTING, "autorestarting"
-
-    kernel.attached[0].listener.on_kernel_event(kernel)
-
-    assert await socket.receive() == status("restarting")
-
-
 async def test_a_notebook_is_told_that_its_kernel_is_out_of_reach(app, socket, kernel_id):
     await app.attached()
 
