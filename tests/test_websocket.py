@@ -9,7 +9,7 @@ from tornado.httpclient import HTTPClientError
 from tornado.websocket import websocket_connect
 
 from sorna_jupyter.exceptions import AgentUnreachable, KernelNotFound, KernelStartFailed
-from sorna_jupyter.protocol import KernelMessage, KernelStatus
+from sorna_jupyter.protocol import KernelMessage
 from sorna_jupyter.websocket import SornaWebsocketConnection, is_proxy, websocket_frame
 from sorna_jupyter.wire import LEGACY, V1, V1_PROTOCOL
 from tests.jupyter_app import KERNEL_INFO, TOKEN, running_app
