@@ -20,7 +20,7 @@ import pytest
 from sorna_agent.agent import Agent
 from sorna_agent.app import FAILED, Identity, parse_options
 from sorna_agent.kernel_store import KernelStore
-from sorna_agent.link import RelayLink
+from sorna_agent.relay_link import RelayLink
 from sorna_agent.resources import find_slots, usable_cpus, usable_memory
 from sorna_jupyter.exceptions import (
     ImageUnavailable,

@@ -445,7 +445,7 @@ sys.stdin.read()
 
 
 def test_the_environment_that_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sorna_jupyter.remote.link import environment_to_pass
+    from sorna_jupyter.remote.remote_kernel import environment_to_pass
 
     monkeypatch.setattr(os, "environ", {"KERNEL_A": "1", "KERNEL_ID": "2", "B": "3", "C": "4"})
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from sorna_agent.link import RelayLink, RelaySettings
 from sorna_agent.relay_kernel import Signer, as_routing_id
+from sorna_agent.relay_link import RelayLink, RelaySettings
 from sorna_agent.runtimes import Launch, Started
 from sorna_jupyter import protocol
 from sorna_jupyter.exceptions import AgentUnreachable

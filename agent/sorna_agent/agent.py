@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sorna_agent.kernel_store import KernelRecord, KernelStore
-from sorna_agent.link import RelayLink
+from sorna_agent.relay_link import RelayLink
 from sorna_agent.relay_messages import KernelActivity
 from sorna_agent.runtimes import Launch, Runtime, Started, remove_directory
 from sorna_jupyter.exceptions import (

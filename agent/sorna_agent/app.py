@@ -21,10 +21,10 @@ import zmq
 from sorna_agent.agent import Agent
 from sorna_agent.heartbeat import Heartbeat, Orphaned
 from sorna_agent.kernel_store import KernelStore, replace_file
-from sorna_agent.link import RelayLink, RelaySettings
+from sorna_agent.relay_link import RelayLink, RelaySettings
 from sorna_agent.resources import find_slots
 from sorna_agent.runtimes import Runtime, choose_runtime
-from sorna_agent.server import Server
+from sorna_agent.server import RequestServer
 from sorna_jupyter.exceptions import AgentRefused, AlreadyRunning, SornaError
 from sorna_jupyter.protocol import Beat, DestroyKernel
 
@@ -88,7 +88,7 @@ class AgentApp:
                 KernelStore(self._data_dir / "kernels.json"),
                 self._runtime_dir / "k",
             )
-            server = Server(self._agent, self._link)
+            server = RequestServer(self._agent, self._link)
             await self._link.start()
 
             async def close_link() -> None:

@@ -9,7 +9,7 @@ sides, none of which can block it or make it drop something:
   fast as its connection takes it; requests pass to the agent;
 * the agent (`relay_messages`, over `rpc.sock`).
 
-Started and adopted by `link`; run as `python -m sorna_agent.relay`.
+Started and adopted by `relay_link`; run as `python -m sorna_agent.relay`.
 """
 
 from __future__ import annotations

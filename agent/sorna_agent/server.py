@@ -9,14 +9,14 @@ import asyncio
 import logging
 
 from sorna_agent.agent import Agent
-from sorna_agent.link import RelayLink
+from sorna_agent.relay_link import RelayLink
 from sorna_jupyter.exceptions import InvalidRequest, SornaError
 from sorna_jupyter.protocol import Message, decode_request, encode_reply
 
 log = logging.getLogger(__name__)
 
 
-class Server:
+class RequestServer:
     def __init__(self, agent: Agent, link: RelayLink) -> None:
         self._agent = agent
         self._link = link

@@ -36,7 +36,7 @@ from sorna_jupyter.remote.channels import (
     read_header,
 )
 from sorna_jupyter.remote.guardian import Guardian
-from sorna_jupyter.remote.link import KernelGone, RemoteKernel, environment_to_pass
+from sorna_jupyter.remote.remote_kernel import KernelGone, RemoteKernel, environment_to_pass
 from sorna_jupyter.wire import V1
 
 log = logging.getLogger("sorna.proxy")
