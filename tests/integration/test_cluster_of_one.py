@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from tests.gateways import Gateway
+from tests.gateways import Gateway, wait_until
 
 
 @pytest.fixture
@@ -39,7 +39,11 @@ def test_a_gateway_on_postgresql_and_redis_serves_kernels(
     assert run["outputs"][0]["text"] == "42\n"
     assert not (gateway.data_dir / "registry.sqlite").exists()
     engine = create_engine(database)
-    with engine.connect() as connection:
-        rows = connection.execute(text("SELECT status, name FROM kernels")).all()
+
+    def rows() -> list[tuple[str, str]]:
+        with engine.connect() as connection:
+            return [tuple(r) for r in connection.execute(text("SELECT status, name FROM kernels"))]
+
+    # The answer does not wait for the kernel's removal.
+    wait_until(lambda: rows() == [("terminated", "python3")], "the kernel is over")
     engine.dispose()
-    assert rows == [("terminated", "python3")]
