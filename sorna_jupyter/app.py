@@ -314,10 +314,11 @@ class SornaApp(ExtensionApp):
 
     async def _start_jupyter_server_extension(self, serverapp: ServerApp) -> None:
         if self._is_main:
-            # Jupyter Server asks whether Ctrl-C is meant, and without a terminal ends at once,
-            # leaving everything behind.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, self._stop_by_signal)
+            # Jupyter Server asks whether Ctrl-C is meant, and without a terminal, or when it is
+            # closed, ends at once, leaving everything behind.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                    asyncio.get_running_loop().add_signal_handler(number, self._stop_by_signal)
         self._starting = asyncio.create_task(self._start_parts(serverapp), name="start")
         try:
             await self._starting

@@ -37,7 +37,11 @@ def nothing_is_left(home: Home, timeout: float = 1) -> None:
         raise AssertionError(f"{error}: {home.leftovers()}") from None
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+    ids=["Ctrl-C", "SIGTERM", "terminal closed"],
+)
 def test_a_stopped_gateway_leaves_nothing(
     new_gateway: NewGateway, runtime: str, signum: int
 ) -> None:
