@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+import zmq.asyncio
 
 from sorna_agent.relay_kernel import Signer, as_routing_id
 from sorna_agent.relay_link import RelayLink, RelaySettings
@@ -291,6 +292,72 @@ async def test_messages_that_the_kernels_key_did_not_sign_are_dropped(house: Hou
     await asyncio.wait_for(heard_good(), PATIENCE)
     context.destroy(linger=0)
     assert not any(b'"forged"' in m.parts[0] for m in line.messages)
+
+
+HOSTILE = """
+import hashlib, hmac
+from IPython import get_ipython
+kernel = get_ipython().kernel
+def send(*parts):
+    signature = hmac.new(kernel.session.key, b"".join(parts), hashlib.sha256).hexdigest().encode()
+    kernel.iopub_socket.send_multipart([b"t", b"<IDS|MSG>", signature, *parts])
+status = b'{"msg_type": "status", "msg_id": "x"}'
+deep = b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+"""
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        """deep[:-1] + b', "y": "status"}', b"{}", b"{}", b"{}" """,
+        """status, deep, b"{}", b"{}" """,
+        """status, b"{}", b"{}", deep""",
+        """b"\\xff", b"\\xff", b"\\xff", b"\\xff" """,
+        """b"", b"", b"", b"" """,
+        """b"" """,
+    ],
+)
+async def test_whatever_a_kernel_sends_the_relay_goes_on(house: House, message: str):
+    await house.start_kernel()
+    hostile, line = house.line(), house.line()
+    hostile.subscribe("k1")
+    started = house.link.started
+
+    client = hostile.client("k1")
+    await client.reply_to(client.execute(f"{HOSTILE}\nsend({message})"))
+
+    line.subscribe("k1")
+    assert await line.client("k1").result("print('alive')") == "alive\n"
+    assert house.link.started == started
+
+
+async def test_a_kernel_cannot_make_up_execution_states(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+
+    await line.client("k1").result(
+        f"""{HOSTILE}\nsend(status, b"{{}}", b"{{}}", b'{{"execution_state": "of my own"}}')"""
+    )
+
+    await until(lambda: house.activity[-1:] == [("k1", "idle")])
+    assert {state for _, state in house.activity} <= {"starting", "idle", "busy"}
+
+
+async def test_who_talks_on_the_agents_socket_is_not_the_agent_for_that(house: House):
+    await house.start_kernel()
+    house.link.on_request = lambda route, request_id, request: house.link.reply(
+        route, request_id, protocol.encode_reply(protocol.Done())
+    )
+    line = house.line()
+    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.connect(f"ipc://{house.directory}/rpc.sock")
+        await stranger.send_multipart([b"<IDS|MSG>", b"signature", b"{}", b"{}", b"{}", b"{}"])
+        await asyncio.sleep(0.2)
+
+        reply = await line.ask(InterruptKernel(kernel_id="k1"), timeout=3)
+
+    assert reply == protocol.Done()
 
 
 async def test_a_gateway_that_reads_slowly_loses_nothing_and_delays_nobody(house: House):

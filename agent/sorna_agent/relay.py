@@ -377,16 +377,26 @@ class Relay:
                 route, *frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._agent = route
-            self._agent_heard = time.monotonic()
             try:
-                if frames[0] == RPC:
-                    _, gateway, request_id, verdict, reply = frames
-                    self._reply(gateway, [RPC, request_id, verdict, reply])
-                else:
-                    self._obey(agent_side.decode_for_relay(frames[1]))
+                self._take_from_agent(route, frames)
             except Exception:  # one bad command is not the end of every kernel's output
                 log.exception("bad frames from the agent")
+
+    def _take_from_agent(self, route: bytes, frames: list[bytes]) -> None:
+        # Read first: a kernel can make one of its sockets a symlink to ours, and what its clients
+        # say then comes here. That makes nobody the agent.
+        if frames[0] == RPC:
+            _, gateway, request_id, verdict, reply = frames
+            self._hear_agent(route)
+            self._reply(gateway, [RPC, request_id, verdict, reply])
+        else:
+            message = agent_side.decode_for_relay(frames[1])
+            self._hear_agent(route)
+            self._obey(message)
+
+    def _hear_agent(self, route: bytes) -> None:
+        self._agent = route
+        self._agent_heard = time.monotonic()
 
     def _obey(self, message: agent_side.ToRelay) -> None:
         match message:

@@ -44,6 +44,9 @@ STDIN_GRACE = 5.0
 ENOUGH_REPLIES = 4
 """kernel_info replies after which a kernel counts as ready though it never sent on iopub"""
 
+EXECUTION_STATES = frozenset(("starting", "idle", "busy"))
+"""Jupyter's. Beats carry them, so a kernel must not make up its own, of any length."""
+
 PROBE_SESSION = f"sorna-relay-{secrets.token_hex(8)}"
 """Session of the relay's own requests. Clients never see what answers it."""
 _PROBE_MARK = PROBE_SESSION.encode()
@@ -381,7 +384,7 @@ class KernelSide:
             taken += 1
             try:
                 self._take(session_id, channel, frames)
-            except (ValueError, IndexError) as error:
+            except Exception as error:  # whatever one kernel sends, the others go on
                 log.warning("kernel %s: bad message on %r: %s", self, channel, error)
         if taken:
             self._watcher.on_output(self)
@@ -423,7 +426,7 @@ class KernelSide:
             if self.execution_state != "starting" or state == "starting":
                 return
             state = "idle"
-        if state != self.execution_state:
+        if state in EXECUTION_STATES and state != self.execution_state:
             self.execution_state = state
             self._watcher.on_activity(self)
 
