@@ -11,11 +11,9 @@ import asyncio
 import hmac
 import logging
 import os
-import socket
 import uuid
 from collections.abc import Awaitable, Callable
 from itertools import count
-from pathlib import Path
 from typing import TypeVar, cast
 
 import zmq
@@ -33,13 +31,6 @@ log = logging.getLogger(__name__)
 
 OnMessage = Callable[[KernelMessage], None]
 R = TypeVar("R", bound=Message)
-
-
-def host_name() -> str:
-    """Host name and boot id: equal only for processes that can share `ipc` sockets."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    boot = boot_id.read_text().strip() if boot_id.exists() else ""
-    return f"{socket.gethostname()}/{boot}"
 
 
 class KeyPair:
@@ -457,6 +448,6 @@ def _best_address(agent: AgentRow) -> str:
     for address in agent.addresses:
         if not address.startswith("ipc://"):
             return address
-        if agent.host == host_name() and os.path.exists(address.removeprefix("ipc://")):
+        if agent.host == protocol.host_name() and os.path.exists(address.removeprefix("ipc://")):
             return address
     raise AgentUnreachable(f"agent {agent.id} has no address that can be reached from here")

@@ -44,13 +44,6 @@ from sorna_jupyter.registry import AgentRow, KernelRow, Policy, Registry
 
 log = logging.getLogger(__name__)
 
-UNTRACKED = frozenset(
-    "comm_info_request comm_info_reply kernel_info_request kernel_info_reply shutdown_request "
-    "shutdown_reply interrupt_request interrupt_reply debug_request debug_reply".split()
-)
-"""Requests that are no activity: front-ends send them without a person's doing.
-Source: jupyter_server's `untracked_message_types`, as far as it names requests."""
-
 
 class Listener(Protocol):
     """Who attached to a kernel; called from the event loop, must not block or raise."""
@@ -411,11 +404,11 @@ class Kernels:
         kernel.seq = message.seq
         if b'"status"' in message.parts[0]:
             try:
-                parent = msgspec.json.decode(message.parts[1], type=_Parent)
-                state = msgspec.json.decode(message.parts[3], type=_Status).execution_state
+                parent = protocol.read_header(message.parts[1])
+                state = protocol.read_status(message.parts[3]).execution_state
             except msgspec.DecodeError:
                 return  # a kernel may write what it likes
-            if parent.msg_type in UNTRACKED:
+            if parent.msg_type in protocol.UNTRACKED:
                 return
             if state in ("starting", "idle", "busy"):
                 kernel.execution_state = state
@@ -590,14 +583,6 @@ class _KernelAttachment:
         if not message.session and self.kernel.attached and self.kernel.attached[0] is self:
             self._kernels.observe(self.kernel, message)
         self.listener.on_kernel_message(message)
-
-
-class _Parent(msgspec.Struct):
-    msg_type: str = ""
-
-
-class _Status(msgspec.Struct):
-    execution_state: str = ""
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:

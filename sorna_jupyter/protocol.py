@@ -1,4 +1,4 @@
-"""What gateway, agent and relay say to each other: messages, their encoding, their version. No I/O.
+"""What gateway, agent and relay say to each other: messages, their encoding, their version.
 
 Three conversations, all msgpack inside ZeroMQ frames:
 
@@ -8,13 +8,19 @@ Three conversations, all msgpack inside ZeroMQ frames:
   `[RPC, request id, reply]`, where the reply is the request's `Reply` type or a `Failure`.
 * **Channels** (gateway ⇄ relay, the same port): the frames of `pack_*`/`KernelMessage` below.
 
-Used by both packages; imports nothing of either but `exceptions`.
+What both sides must understand alike stands here too: a host's name, what is activity, what a
+Jupyter message of our own looks like. Used by both packages; imports nothing of either but
+`exceptions`. No I/O, but for what `host_name` asks the machine.
 """
 
 from __future__ import annotations
 
 import enum
 import re
+import socket
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -143,7 +149,7 @@ class Beat(Message, frozen=True, kw_only=True):
     addresses: list[str]
     """where the relay listens, best first: `ipc://…` on the same host, `tcp://host:port`"""
     host: str
-    """host name and boot id, so that a gateway knows which `ipc` addresses are its own host's"""
+    """`host_name()`, so that a gateway knows which `ipc` addresses are its own host's"""
     runtime: str
     """`docker` or `local`"""
     isolation: str
@@ -154,6 +160,13 @@ class Beat(Message, frozen=True, kw_only=True):
     relay_started: float = 0.0
     """Unix time; when it changes, the relay is a new process: sessions and subscriptions are to be
     opened again, and sequence numbers begin anew"""
+
+
+def host_name() -> str:
+    """Host name and boot id: equal only for processes that can share `ipc` sockets."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    boot = boot_id.read_text().strip() if boot_id.exists() else ""
+    return f"{socket.gethostname()}/{boot}"
 
 
 class BeatReply(Message, frozen=True):
@@ -343,8 +356,6 @@ MESSAGE = b"M"
 GAP = b"G"
 """[GAP, kernel id, first seq lost, last seq lost]: fell out of the journal before it was read."""
 
-CHANNELS = (b"shell", b"control", b"stdin", b"iopub")
-
 
 class KernelMessage:
     """One message on its way from a kernel to its clients.
@@ -379,12 +390,60 @@ class KernelMessage:
 
     @property
     def msg_type(self) -> str:
-        return str(msgspec.json.decode(self.parts[0], type=_MsgType).msg_type)
-
-
-class _MsgType(msgspec.Struct):
-    msg_type: str = ""
+        return read_header(self.parts[0]).msg_type
 
 
 def pack_seq(seq: int) -> bytes:
     return seq.to_bytes(8, "big")
+
+
+# -- Jupyter's messages, as far as we read or make them ourselves ----------------------------
+
+
+class Header(msgspec.Struct):
+    """What routing needs of a message's header; also fits the empty one, a parent's."""
+
+    msg_id: str = ""
+    msg_type: str = ""
+    subshell_id: str | None = None
+
+
+class Status(msgspec.Struct):
+    """The content of a `status` message."""
+
+    execution_state: str = ""
+
+
+read_header = msgspec.json.Decoder(Header).decode
+read_status = msgspec.json.Decoder(Status).decode
+
+UNTRACKED = frozenset(
+    "comm_info_request comm_info_reply kernel_info_request kernel_info_reply shutdown_request"
+    " shutdown_reply interrupt_request interrupt_reply debug_request debug_reply stream"
+    " display_data update_display_data execute_input execute_result error status clear_output"
+    " debug_event input_request input_reply".split()
+)
+"""Messages that are no activity by themselves: front-ends send such requests without a person's
+doing. As jupyter_server's `untracked_message_types`."""
+
+
+def make_message(
+    msg_type: str,
+    content: dict[str, Any],
+    *,
+    msg_id: str | None = None,
+    parent: bytes = b"{}",
+    session: str = "",
+    username: str = "sorna",
+) -> list[bytes]:
+    """The four JSON parts of a message of our own; `parent` is the header, as it came, of what it
+    answers."""
+    header = {
+        "msg_id": msg_id or uuid.uuid4().hex,
+        "msg_type": msg_type,
+        "session": session,
+        "username": username,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "version": "5.3",
+    }
+    return [msgspec.json.encode(header), parent, b"{}", msgspec.json.encode(content)]

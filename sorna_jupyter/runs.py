@@ -12,7 +12,6 @@ import logging
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -27,7 +26,14 @@ from sorna_jupyter.exceptions import (
 )
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.outputs import decode
-from sorna_jupyter.protocol import KernelMessage, KernelStatus, Limits
+from sorna_jupyter.protocol import (
+    Header,
+    KernelMessage,
+    KernelStatus,
+    Limits,
+    Status,
+    make_message,
+)
 from sorna_jupyter.run import EOF, Execute, InputRequest, Run, RunStatus
 
 log = logging.getLogger(__name__)
@@ -291,23 +297,22 @@ class _KernelSession:
         parent: bytes = b"{}",
     ) -> None:
         self._used_at = self._loop.time()
-        header = {
-            "msg_id": msg_id,
-            "session": self._id,
-            "username": self.kernel.owner,
-            "date": datetime.now(UTC),
-            "msg_type": msg_type,
-            "version": "5.3",
-        }
-        encode = msgspec.json.encode
-        self._attachment.send(channel, [encode(header), parent, b"{}", encode(content)])
+        parts = make_message(
+            msg_type,
+            content,
+            msg_id=msg_id,
+            parent=parent,
+            session=self._id,
+            username=self.kernel.owner,
+        )
+        self._attachment.send(channel, parts)
 
     # -- what comes from the kernel
 
     def on_kernel_message(self, message: KernelMessage) -> None:
         try:
-            parent_id = decode(message.parts[1], _Header).msg_id
-            header = decode(message.parts[0], _Header)
+            parent_id = decode(message.parts[1], Header).msg_id
+            header = decode(message.parts[0], Header)
             self._take(message, header.msg_type, parent_id)
         except (ValueError, RecursionError) as error:
             # Kernels run what users write; what they send may be anything.
@@ -336,7 +341,7 @@ class _KernelSession:
             run.take_reply(content)
             self._settle(run)
         elif msg_type == "status":
-            self._take_status(run, decode(content, _Status).execution_state)
+            self._take_status(run, decode(content, Status).execution_state)
         elif msg_type == "execute_input":
             self._start(run, decode(content, _ExecuteInput).execution_count)
         elif message.channel == "iopub":
@@ -411,15 +416,6 @@ class _KernelSession:
         if timer := self._timers.get(run.id):
             timer.cancel()
         self._timers[run.id] = self._loop.call_later(delay, then, run)
-
-
-class _Header(msgspec.Struct):
-    msg_id: str = ""
-    msg_type: str = ""
-
-
-class _Status(msgspec.Struct):
-    execution_state: str = ""
 
 
 class _ExecuteInput(msgspec.Struct):

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, ClassVar, cast
-from uuid import uuid4
 from weakref import WeakSet
 
 import msgspec
@@ -23,7 +21,7 @@ from traitlets import Integer
 from sorna_jupyter.exceptions import KernelNotFound, SornaError
 from sorna_jupyter.jupyter_manager import SornaMappingKernelManager
 from sorna_jupyter.kernels import Kernel
-from sorna_jupyter.protocol import KernelMessage, KernelStatus
+from sorna_jupyter.protocol import KernelMessage, KernelStatus, make_message
 from sorna_jupyter.wire import (
     JSON_PARTS,
     UNSUPPORTED_DATA,
@@ -200,7 +198,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     def _say(
         self, channel: str, msg_type: str, content: dict[str, Any], parent: bytes = b"{}"
     ) -> None:
-        self._write(self._framing.encode(channel, _message(msg_type, content, parent)))
+        self._write(self._framing.encode(channel, make_message(msg_type, content, parent=parent)))
 
     # -- on the wire
 
@@ -348,15 +346,3 @@ def websocket_frame(payload: bytes | str) -> bytes:
     if size < 1 << 16:
         return struct.pack("!BBH", first, 126, size) + data
     return struct.pack("!BBQ", first, 127, size) + data
-
-
-def _message(msg_type: str, content: dict[str, Any], parent: bytes) -> list[bytes]:
-    header = {
-        "msg_id": uuid4().hex,
-        "msg_type": msg_type,
-        "username": "sorna",
-        "session": "",
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        "version": "5.3",
-    }
-    return [msgspec.json.encode(header), parent, b"{}", msgspec.json.encode(content)]

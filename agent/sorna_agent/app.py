@@ -26,7 +26,7 @@ from sorna_agent.resources import find_slots
 from sorna_agent.runtimes import Runtime, choose_runtime
 from sorna_agent.server import RequestServer
 from sorna_jupyter.exceptions import AgentRefused, AlreadyRunning, SornaError
-from sorna_jupyter.protocol import Beat, DestroyKernel
+from sorna_jupyter.protocol import Beat, DestroyKernel, host_name
 
 log = logging.getLogger(__name__)
 
@@ -202,13 +202,6 @@ class AgentApp:
             kernels=self._agent.reports(),
             relay_started=self._link.started,
         )
-
-
-def host_name() -> str:
-    """Host name and boot id: equal only for processes that can share `ipc` sockets."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    boot = boot_id.read_text().strip() if boot_id.exists() else ""
-    return f"{socket.gethostname()}/{boot}"
 
 
 def _is_listening(path: Path) -> bool:

@@ -14,14 +14,20 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import msgspec
 import zmq
 
 from sorna_agent.journal import Journal
-from sorna_jupyter.protocol import MESSAGE, pack_seq
+from sorna_jupyter.protocol import (
+    MESSAGE,
+    UNTRACKED,
+    make_message,
+    pack_seq,
+    read_header,
+    read_status,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +57,6 @@ PROBE_SESSION = f"sorna-relay-{secrets.token_hex(8)}"
 """Session of the relay's own requests. Clients never see what answers it."""
 _PROBE_MARK = PROBE_SESSION.encode()
 
-# jupyter_server's `untracked_message_types`: these alone are no activity of a user.
-UNTRACKED = frozenset(
-    "comm_info_request comm_info_reply kernel_info_request kernel_info_reply shutdown_request"
-    " shutdown_reply interrupt_request interrupt_reply debug_request debug_reply stream"
-    " display_data update_display_data execute_input execute_result error status clear_output"
-    " debug_event input_request input_reply".split()
-)
-
 
 class Watcher(Protocol):
     """What the relay's loop offers."""
@@ -71,18 +69,6 @@ class Watcher(Protocol):
     def on_output(self, kernel: KernelSide) -> None: ...
     def on_activity(self, kernel: KernelSide) -> None: ...
     def on_ready(self, kernel: KernelSide, opening: int, kernel_info: dict[str, Any]) -> None: ...
-
-
-class _Header(msgspec.Struct):
-    msg_type: str = ""
-
-
-class _Status(msgspec.Struct):
-    execution_state: str = ""
-
-
-_decode_header = msgspec.json.Decoder(_Header).decode
-_decode_status = msgspec.json.Decoder(_Status).decode
 
 
 class Signer:
@@ -322,15 +308,7 @@ class KernelSide:
         socket.close()  # lingers until it is sent
 
     def _own_request(self, msg_type: str) -> list[bytes]:
-        header = {
-            "msg_id": secrets.token_hex(16),
-            "session": PROBE_SESSION,
-            "username": "sorna",
-            "date": datetime.now(UTC).isoformat(),
-            "msg_type": msg_type,
-            "version": "5.3",
-        }
-        parts = [msgspec.json.encode(header), b"{}", b"{}", b"{}"]
+        parts = make_message(msg_type, {}, session=PROBE_SESSION)
         return [DELIMITER, self._signer.sign(parts), *parts]
 
     # -- readiness ---------------------------------------------------------------------------
@@ -414,14 +392,14 @@ class KernelSide:
         if not is_status and self.execution_state == "busy":
             self._mark_active()
             return
-        msg_type = _decode_header(parts[0]).msg_type
-        parent_type = _decode_header(parts[1]).msg_type
+        msg_type = read_header(parts[0]).msg_type
+        parent_type = read_header(parts[1]).msg_type
         parent_is_tracked = parent_type not in UNTRACKED
         if msg_type not in UNTRACKED or parent_is_tracked or self.execution_state == "busy":
             self._mark_active()
         if msg_type != "status":
             return
-        state = _decode_status(parts[3]).execution_state
+        state = read_status(parts[3]).execution_state
         if not parent_is_tracked:
             if self.execution_state != "starting" or state == "starting":
                 return

@@ -11,8 +11,6 @@ import hashlib
 import hmac
 import logging
 import uuid
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from sorna_jupyter.protocol import make_message
+
 log = logging.getLogger(__name__)
 
 DELIMITER = b"<IDS|MSG>"
-PROTOCOL_VERSION = "5.4"
 
 IOPUB_HIGH_WATER_MARK = 100_000
 """Messages kept for one local client that does not read; then that client alone loses some."""
@@ -51,18 +50,6 @@ class ConnectionInfo(msgspec.Struct):
 
     def address(self, port: int) -> str:
         return f"{self.transport}://{self.ip}{'-' if self.transport == 'ipc' else ':'}{port}"
-
-
-class Header(msgspec.Struct):
-    """What routing needs of a header; also fits the empty one."""
-
-    msg_id: str = ""
-    msg_type: str = ""
-    session: str = ""
-    subshell_id: str | None = None
-
-
-read_header: Callable[[bytes], Header] = msgspec.json.Decoder(Header).decode
 
 
 class Signer:
@@ -97,16 +84,9 @@ class MessageFactory:
             self._username = "user"
 
     def make(self, msg_type: str, content: dict[str, Any], parent: bytes = b"{}") -> list[bytes]:
-        """The four JSON parts; `parent` is the header, as it came, of what this answers."""
-        header = {
-            "msg_id": uuid.uuid4().hex,
-            "msg_type": msg_type,
-            "session": self.session,
-            "username": self._username,
-            "date": datetime.now(UTC).isoformat(),
-            "version": PROTOCOL_VERSION,
-        }
-        return [msgspec.json.encode(header), parent, b"{}", msgspec.json.encode(content)]
+        return make_message(
+            msg_type, content, parent=parent, session=self.session, username=self._username
+        )
 
 
 class LocalChannels:

@@ -27,13 +27,12 @@ import msgspec
 import zmq
 
 from sorna_jupyter.exceptions import SornaError
+from sorna_jupyter.protocol import Header, read_header
 from sorna_jupyter.remote import credentials
 from sorna_jupyter.remote.channels import (
     ConnectionInfo,
-    Header,
     LocalChannels,
     MessageFactory,
-    read_header,
 )
 from sorna_jupyter.remote.guardian import Guardian
 from sorna_jupyter.remote.remote_kernel import KernelGone, RemoteKernel, environment_to_pass
