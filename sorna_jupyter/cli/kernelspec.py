@@ -9,17 +9,15 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from sorna_jupyter.cli.server import add_url, reporting, server_of
 from sorna_jupyter.exceptions import InvalidRequest, SornaError
 from sorna_jupyter.remote import kernelspecs
 
 
+@reporting
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    try:
-        code: int = args.command(args)
-    except (SornaError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    code: int = args.command(args)
     return code
 
 
@@ -46,22 +44,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="VARIABLE",
         help="an environment variable that these kernels get from here; repeatable",
     )
-    _add_url(install)
+    add_url(install)
 
     listing = commands.add_parser("list", help="what the server offers, and what is installed")
     listing.set_defaults(command=list_kernelspecs)
-    _add_url(listing)
+    add_url(listing)
 
     remove = commands.add_parser("remove", help="remove installed kernelspecs")
     remove.set_defaults(command=remove_kernelspecs)
     remove.add_argument("names", nargs="+", metavar="NAME", help="as they are called here")
     return parser.parse_args(argv)
-
-
-def _add_url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--url", help="the server; without: SORNA_URL, the last login, or the one that runs here"
-    )
 
 
 def install_kernelspecs(args: argparse.Namespace) -> int:
@@ -70,7 +62,7 @@ def install_kernelspecs(args: argparse.Namespace) -> int:
             raise InvalidRequest(
                 f"--pass-env takes a variable's name without its value, not {name!r}"
             )
-    server = kernelspecs.open_server(args.url)
+    server = server_of(args)
     known = kernelspecs.offered(server)
     if not args.names and not args.all and len(known) != 1:
         raise InvalidRequest(
@@ -86,7 +78,7 @@ def install_kernelspecs(args: argparse.Namespace) -> int:
 def list_kernelspecs(args: argparse.Namespace) -> int:
     ours = kernelspecs.installed()
     try:
-        server = kernelspecs.open_server(args.url)
+        server = server_of(args)
         known, here = kernelspecs.offered(server), server.url
     except SornaError as error:
         if not ours or args.url:
@@ -111,7 +103,3 @@ def remove_kernelspecs(args: argparse.Namespace) -> int:
         ours = kernelspecs.remove(name)
         print(f"{ours.name} is removed from {ours.directory.parent}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

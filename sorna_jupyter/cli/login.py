@@ -7,11 +7,13 @@ import getpass
 import sys
 from pathlib import Path
 
+from sorna_jupyter.cli.server import reporting
 from sorna_jupyter.exceptions import InvalidRequest, NotFound, SornaError
 from sorna_jupyter.remote import credentials
 from sorna_jupyter.remote.server import Server
 
 
+@reporting
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="jupyter sorna login",
@@ -29,9 +31,6 @@ def main(argv: list[str]) -> int:
         token = read_token(url, args.token_file)
         who = check(Server(url, token))
         credentials.save(url, token)
-    except (SornaError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
     except (KeyboardInterrupt, EOFError):
         print("\nNothing was changed.", file=sys.stderr)
         return 130
@@ -66,6 +65,7 @@ def check(server: Server) -> str:
     return str(identity.get("display_name") or identity.get("username") or "")
 
 
+@reporting
 def logout(argv: list[str]) -> int:
     """`jupyter sorna logout [URL]`"""
     parser = argparse.ArgumentParser(
@@ -74,19 +74,11 @@ def logout(argv: list[str]) -> int:
     )
     parser.add_argument("url", metavar="URL", nargs="?", help="the server; without: the last login")
     args = parser.parse_args(argv)
-    try:
-        last = credentials.default()
-        url = args.url or (last[0] if last else None)
-        if url is None or not credentials.remove(url):
-            known = ", ".join(credentials.servers()) or "none"
-            print(f"Not logged in to {url or 'any server'}; known: {known}", file=sys.stderr)
-            return 1
-    except (SornaError, OSError) as error:
-        print(error, file=sys.stderr)
+    last = credentials.default()
+    url = args.url or (last[0] if last else None)
+    if url is None or not credentials.remove(url):
+        known = ", ".join(credentials.servers()) or "none"
+        print(f"Not logged in to {url or 'any server'}; known: {known}", file=sys.stderr)
         return 1
     print(f"Logged out of {credentials.normalise(url)}.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from sorna_jupyter.cli.server import add_url
 from sorna_jupyter.exceptions import SornaError
 from sorna_jupyter.remote.client import Client, Kernel, Result, Run, text_of
 
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-k", dest="name", metavar="NAME", help="kernelspec of a new kernel")
     parser.add_argument("--kernel", metavar="ID", help="a kernel that runs already; it stays")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="interrupt it after this")
-    parser.add_argument("--url", help="address of the server")
+    add_url(parser)
     return parser
 
 

@@ -24,13 +24,15 @@ def server_of(arguments: argparse.Namespace) -> Server:
 
 
 def reporting(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """An error of ours ends a command with one sentence and status 1."""
+    """An error of ours or of the system's ends a command with one sentence and status 1."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str]) -> int:
         try:
             return main(argv)
-        except SornaError as error:
+        except BrokenPipeError:
+            raise  # whoever read our output has had enough; `cli.main` knows
+        except (SornaError, OSError) as error:
             print(f"jupyter sorna: {error}", file=sys.stderr)
             return 1
 

@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 from jupyter_client.kernelspec import KernelSpecManager
 
 from sorna_jupyter.exceptions import Conflict, NotFound, SornaError, UnknownKernelspec
-from sorna_jupyter.remote import credentials
 from sorna_jupyter.remote.server import Server
 
 PREFIX = "sorna-"
@@ -191,8 +190,3 @@ def _fetch_logos(server: Server, remote: RemoteKernelspec, into: Path) -> None:
             (into / file_name).write_bytes(server.fetch(urlsplit(path).path))
         except SornaError:
             print(f"no {resource} for {remote.name}", file=sys.stderr)
-
-
-def open_server(url: str | None) -> Server:
-    """The server that is meant, with the token that goes with it."""
-    return Server(*credentials.choose(url))
