@@ -33,14 +33,13 @@ from sorna_jupyter.live import LiveState
 from sorna_jupyter.protocol import (
     Beat,
     BeatReply,
-    ImageState,
     ImageStatus,
     KernelMessage,
     KernelReport,
     KernelStatus,
     Limits,
 )
-from sorna_jupyter.registry import AgentRow, KernelRow, Policy, Registry
+from sorna_jupyter.registry import IMAGE_RANK, AgentRow, KernelRow, Policy, Registry
 
 log = logging.getLogger(__name__)
 
@@ -219,11 +218,10 @@ class Kernels:
     def kernelspecs(self) -> dict[str, ImageStatus]:
         """By name; where several agents have an image, the one that is nearest to ready."""
         best: dict[str, ImageStatus] = {}
-        order = list(ImageState)
         for beat in self._beats.values():
             for image in beat.images:
                 other = best.get(image.name)
-                if other is None or order.index(image.state) > order.index(other.state):
+                if other is None or IMAGE_RANK[image.state] > IMAGE_RANK[other.state]:
                     best[image.name] = image
         return best
 
@@ -410,6 +408,8 @@ class Kernels:
                 return  # a kernel may write what it likes
             if parent.msg_type in protocol.UNTRACKED:
                 return
+            if state == "starting" and kernel.status is KernelStatus.RUNNING:
+                return  # it came later than the kernel's first answer
             if state in ("starting", "idle", "busy"):
                 kernel.execution_state = state
         elif kernel.execution_state != "busy":

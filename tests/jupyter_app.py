@@ -248,9 +248,9 @@ def image(name: str, state: ImageState = ImageState.READY, logo: bytes = b"") ->
     return ImageStatus(name=name, reference=name, state=state, spec=SPEC, logo=logo)
 
 
-def beat() -> Beat:
+def beat(agent_id: str = "agent-1", images: list[ImageStatus] | None = None) -> Beat:
     return Beat(
-        agent_id="agent-1",
+        agent_id=agent_id,
         join_token="",
         public_key="k" * 40,
         addresses=[],
@@ -258,7 +258,7 @@ def beat() -> Beat:
         runtime="local",
         isolation="none",
         slots=Slots(cpus=64, memory=1 << 40, kernels=100),
-        images=[image("python3", logo=LOGO), image("julia", ImageState.BUILDING)],
+        images=images or [image("python3", logo=LOGO), image("julia", ImageState.BUILDING)],
         kernels=[],
     )
 

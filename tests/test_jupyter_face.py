@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sorna_jupyter.exceptions import KernelStartFailed
-from sorna_jupyter.protocol import KernelStatus, Limits
+from sorna_jupyter.protocol import ImageState, KernelStatus, Limits
 from sorna_jupyter.registry import Policy
-from tests.jupyter_app import LOGO, SPEC, running_app
+from tests.jupyter_app import LOGO, SPEC, beat, image, running_app
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
@@ -334,6 +334,12 @@ async def test_a_single_spec_is_found_by_name(app):
 
     assert await app.json("GET", "/api/kernelspecs/python3") == specs["python3"]
     await refused(app, 404, "GET", "/api/kernelspecs/cobol")
+
+
+async def test_an_image_that_one_agent_cannot_build_is_ready_where_another_has_it(app):
+    await app.kernels.hear(beat("agent-2", [image("python3", ImageState.FAILED)]))
+
+    assert app.kernels.kernelspecs()["python3"].state is ImageState.READY
 
 
 async def test_gateway_client_with_kernel_username_asks_for_one_spec_in_the_wrong_place(app):

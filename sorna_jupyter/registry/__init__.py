@@ -12,10 +12,11 @@ from sorna_jupyter.registry.models import (
     TokenRow,
     UserRow,
 )
-from sorna_jupyter.registry.placement import Candidate, Policy, pick_agent
+from sorna_jupyter.registry.placement import IMAGE_RANK, Candidate, Policy, pick_agent
 from sorna_jupyter.registry.registry import BeatOutcome, Registry
 
 __all__ = [
+    "IMAGE_RANK",
     "AgentRow",
     "AgentStatus",
     "BeatOutcome",
