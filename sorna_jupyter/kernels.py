@@ -173,13 +173,19 @@ class Kernels:
 
     async def hear(self, beat: Beat) -> BeatReply:
         """What `agents.HeartbeatListener` does with a beat."""
+        known = self._beats.get(beat.agent_id)
         try:
             outcome = await self._registry.record_beat(beat, time.time())
+            await self._live.heard(beat.agent_id, time.time())
         except AgentRefused as refusal:
             log.warning("agent %s refused: %s", beat.agent_id, refusal)
             return BeatReply(accepted=False, reason=refusal.message)
-        await self._live.heard(beat.agent_id, time.time())
-        known = self._beats.get(beat.agent_id)
+        except Unavailable:
+            if known is None or known.public_key != beat.public_key:
+                raise
+            # The database is away, or its disk full; the gateway is here. Without an answer the
+            # agent would take itself for an orphan and stop every kernel.
+            return BeatReply(accepted=True)
         self._beats[beat.agent_id] = beat
         self._agent_rows[beat.agent_id] = await self._registry.get_agent(beat.agent_id)
         for row in outcome.changed:
@@ -376,14 +382,18 @@ class Kernels:
         """Carry `session_id`'s messages to the kernel and the kernel's to `listener`.
 
         `counts`: whether people see this as one of the kernel's connections. What is sent while
-        the kernel still starts waits for it. Raises `KernelNotFound`.
+        the kernel still starts waits for it. Raises `KernelNotFound`, `AgentUnreachable`.
         """
         kernel = self.get(kernel_id)
         attachment = _KernelAttachment(self, kernel, session_id, listener, counts)
         kernel.attached.append(attachment)
         kernel.connections += counts
-        if kernel.ready.is_set():
-            self._open(attachment)
+        try:
+            if kernel.ready.is_set():
+                self._open(attachment)
+        except AgentUnreachable:
+            attachment.close()
+            raise
         return attachment
 
     # -- inner workings
@@ -404,7 +414,7 @@ class Kernels:
             try:
                 parent = protocol.read_header(message.parts[1])
                 state = protocol.read_status(message.parts[3]).execution_state
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 return  # a kernel may write what it likes
             if parent.msg_type in protocol.UNTRACKED:
                 return

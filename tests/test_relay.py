@@ -344,6 +344,26 @@ async def test_a_kernel_cannot_make_up_execution_states(house: House):
     assert {state for _, state in house.activity} <= {"starting", "idle", "busy"}
 
 
+async def test_a_kernel_that_has_answered_is_never_starting_again(house: House):
+    """Its `starting` on iopub may come after its first reply on shell: it would never be idle."""
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    await line.client("k1").result(
+        f"""{HOSTILE}
+import threading
+starting = status, b"{{}}", b"{{}}", b'{{"execution_state": "starting"}}'
+threading.Timer(0.5, send, starting).start()
+"""
+    )
+    await until(lambda: house.activity[-1:] == [("k1", "idle")])
+    told = len(house.activity)
+
+    await until(lambda: len(house.activity) > told)
+    assert any(b'"starting"' in message.parts[3] for message in line.messages)
+    assert house.activity[told:] == [("k1", "idle")]
+
+
 async def test_who_talks_on_the_agents_socket_is_not_the_agent_for_that(house: House):
     await house.start_kernel()
     house.link.on_request = lambda route, request_id, request: house.link.reply(

@@ -404,6 +404,8 @@ class KernelSide:
             if self.execution_state != "starting" or state == "starting":
                 return
             state = "idle"
+        if state == "starting" and self._probe is None:
+            return  # it has answered already: its shell was faster than its iopub
         if state in EXECUTION_STATES and state != self.execution_state:
             self.execution_state = state
             self._watcher.on_activity(self)
