@@ -1,4 +1,7 @@
-"""What the bodies of all requests that make a kernel have in common: limits and environment."""
+"""The body that makes a kernel, and what all such bodies have in common: limits and environment.
+
+Used by the faces, and by `openapi`, which describes them.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,24 @@ class LimitsBody(msgspec.Struct, forbid_unknown_fields=True):
             if value is not None and not 0 < value < 2**63:
                 raise InvalidRequest(f"The limit {name} must be positive, not {value}")
         return limits
+
+
+class NewKernel(msgspec.Struct):
+    """An empty body is a kernel of the default kernelspec. Fields that are not here are ignored:
+    clients send their own."""
+
+    name: str | None = None
+    """of the kernelspec"""
+    path: str | None = None
+    """working directory, relative to the kernel's home"""
+    id: str | None = None
+    """another name of `kernel_id`"""
+    kernel_id: str | None = None
+    """a UUID of the client's choice; 409 if there is such a kernel"""
+    env: dict[str, str] | None = None
+    limits: LimitsBody | None = None
+    idle_timeout: float | None = None
+    """seconds without activity after which the kernel is stopped"""
 
 
 def kernel_env(env: dict[str, str], username: str) -> dict[str, str]:

@@ -173,7 +173,6 @@ class Kernels:
 
     async def hear(self, beat: Beat) -> BeatReply:
         """What `agents.HeartbeatListener` does with a beat."""
-        known = self._beats.get(beat.agent_id)
         try:
             outcome = await self._registry.record_beat(beat, time.time())
             await self._live.heard(beat.agent_id, time.time())
@@ -181,11 +180,13 @@ class Kernels:
             log.warning("agent %s refused: %s", beat.agent_id, refusal)
             return BeatReply(accepted=False, reason=refusal.message)
         except Unavailable:
+            known = self._beats.get(beat.agent_id)
             if known is None or known.public_key != beat.public_key:
                 raise
             # The database is away, or its disk full; the gateway is here. Without an answer the
             # agent would take itself for an orphan and stop every kernel.
             return BeatReply(accepted=True)
+        known = self._beats.get(beat.agent_id)
         self._beats[beat.agent_id] = beat
         self._agent_rows[beat.agent_id] = await self._registry.get_agent(beat.agent_id)
         for row in outcome.changed:
@@ -220,6 +221,14 @@ class Kernels:
             # Else what passed here has told us more already.
             kernel.execution_state = report.execution_state
         kernel.last_activity = max(kernel.last_activity, report.last_activity)
+
+    async def wait_for_an_agent(self) -> bool:
+        """Whether one has joined, in `start_wait` seconds at most.
+
+        The embedded agent needs a second for it after the gateway's start; a page opened meanwhile
+        would show no kernels for a minute.
+        """
+        return await _within(self._start_wait, self.joined)
 
     def kernelspecs(self) -> dict[str, ImageStatus]:
         """By name; where several agents have an image, the one that is nearest to ready."""
@@ -262,7 +271,8 @@ class Kernels:
         `idempotency_key`: the same kernel comes back. Raises `UnknownKernelspec`, `KernelExists`,
         `LimitExceeded`, `NoAgentAvailable`, `KernelStartFailed`, `ImageUnavailable`, ….
         """
-        await self._some_agent()
+        if not await self.wait_for_an_agent():
+            raise NoAgentAvailable("No agent has joined this gateway yet")
         row, created = await self._registry.reserve_kernel(
             kernel_id=kernel_id or str(uuid.uuid4()),
             name=name or self.default_kernelspec(),
@@ -294,11 +304,6 @@ class Kernels:
         if kernel.is_over:
             raise KernelStartFailed(kernel.reason)
         return kernel
-
-    async def _some_agent(self) -> None:
-        """The embedded agent needs a second to join after the gateway's start."""
-        if not await _within(self._start_wait, self.joined):
-            raise NoAgentAvailable("No agent has joined this gateway yet")
 
     async def _start(self, kernel: Kernel, request: protocol.CreateKernel) -> None:
         try:

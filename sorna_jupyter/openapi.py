@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from sorna_jupyter import __version__
-from sorna_jupyter.bodies import LimitsBody
+from sorna_jupyter.bodies import LimitsBody, NewKernel
 from sorna_jupyter.run import Event, Execute, RunResult, RunSummary
 
 
@@ -49,21 +49,6 @@ class Problem(msgspec.Struct):
     """for people: what is wrong"""
     reason: str
     """the status in words"""
-
-
-class NewKernel(msgspec.Struct, kw_only=True):
-    """An empty body is a kernel of the default kernelspec."""
-
-    name: str | None = None
-    """of the kernelspec"""
-    kernel_id: str | None = None
-    """a UUID of the client's choice; 409 if there is such a kernel"""
-    env: dict[str, str] = {}
-    path: str = ""
-    """working directory, relative to the kernel's home"""
-    limits: LimitsBody = msgspec.field(default_factory=LimitsBody)
-    idle_timeout: float | None = None
-    """seconds without activity after which the kernel is stopped"""
 
 
 class KernelModel(msgspec.Struct):

@@ -7,8 +7,6 @@ models are the stock ones: each front-end depends on some detail of them.
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
 from http.client import responses
 from typing import Any, cast
 
@@ -22,10 +20,11 @@ from jupyter_server.utils import url_path_join
 from tornado import web
 from tornado.websocket import WebSocketProtocol, WebSocketProtocol13
 
-from sorna_jupyter.bodies import LimitsBody, kernel_env
+from sorna_jupyter.bodies import NewKernel, kernel_env
 from sorna_jupyter.exceptions import InvalidRequest, UnknownKernelspec
 from sorna_jupyter.http import KERNEL_ID, SornaAPIHandler
 from sorna_jupyter.jupyter_manager import (
+    LOGO,
     SornaSessionManager,
     checked_kernel_id,
     checked_path,
@@ -54,18 +53,6 @@ def handlers(*, headless: bool = False) -> list[tuple[Any, ...]]:
 
 
 # -- request bodies --------------------------------------------------------------------------
-
-
-class KernelBody(msgspec.Struct):
-    """What `POST /api/kernels` reads. Other fields are ignored: clients send their own."""
-
-    name: str | None = None
-    path: str | None = None
-    id: str | None = None
-    kernel_id: str | None = None
-    env: dict[str, str] | None = None
-    limits: LimitsBody | None = None
-    idle_timeout: float | None = None
 
 
 class SessionKernelBody(msgspec.Struct):
@@ -108,7 +95,7 @@ class KernelsHandler(SornaAPIHandler):
     @web.authenticated
     @authorized
     async def post(self) -> None:
-        body = self.body(KernelBody)
+        body = self.body(NewKernel)
         env = kernel_env(body.env or {}, self.username)
         # GatewayClient can't send an id of its own; Enterprise Gateway's clients put it here.
         kernel_id = body.kernel_id or body.id or env.get("KERNEL_ID")
@@ -200,15 +187,6 @@ class KernelChannelsHandler(KernelWebsocketHandler):
 class _KernelSpecs(SornaAPIHandler):
     auth_resource = "kernelspecs"
 
-    JOIN_WAIT = 10
-    """seconds"""
-
-    async def wait_for_an_agent(self) -> None:
-        """A page opened right after the server's start would show no kernels for a minute."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.JOIN_WAIT):
-                await self.kernels.joined.wait()
-
     def image(self, name: str) -> ImageStatus:
         images = self.kernels.kernelspecs()
         if name not in images:
@@ -226,7 +204,7 @@ class KernelSpecsHandler(_KernelSpecs):
         """`?user=` is Enterprise Gateway's filter, which means nothing here: specs are the same
         for everyone. But jupyter_server's GatewayClient has a bug that puts the name of a single
         spec behind it, `?user=carol/python3`, and then wants that spec alone."""
-        await self.wait_for_an_agent()
+        await self.kernels.wait_for_an_agent()
         _, slash, name = self.get_query_argument("user", "").rpartition("/")
         if slash:
             self.write_spec(name)
@@ -246,7 +224,7 @@ class KernelSpecHandler(_KernelSpecs):
     @web.authenticated
     @authorized
     async def get(self, kernel_name: str) -> None:
-        await self.wait_for_an_agent()
+        await self.kernels.wait_for_an_agent()
         self.write_spec(kernel_name)
 
 
@@ -255,7 +233,7 @@ class KernelSpecResourceHandler(_KernelSpecs):
     @authorized
     async def get(self, kernel_name: str, path: str) -> None:
         logo = self.image(kernel_name).logo
-        if path != "logo-64x64.png" or not logo:
+        if path != f"{LOGO}.png" or not logo:
             raise web.HTTPError(404, f"The kernelspec {kernel_name} has no {path}")
         self.set_header("Cache-Control", f"max-age={24 * 3600}")
         self.finish(logo, set_content_type="image/png")
