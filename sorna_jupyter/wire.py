@@ -49,7 +49,7 @@ def read_header(part: bytes) -> Header:
     """Raises `MalformedFrame`."""
     try:
         return _header_decoder.decode(part)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedFrame(f"The message's header is malformed: {error}") from error
 
 
@@ -169,7 +169,7 @@ class LegacyFraming:
         header, parent, metadata, content, *buffers = parts
         try:
             names = self._names.decode(header)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise MalformedFrame(f"The kernel's header is malformed: {error}") from error
         # Spliced rather than parsed and dumped: contents may be megabytes.
         text = b"".join(

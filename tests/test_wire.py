@@ -247,13 +247,17 @@ def test_a_malformed_frame_is_both_a_value_error_and_an_invalid_request():
 
 # -- headers ---------------------------------------------------------------------------------
 
+DEEP_HEADER = b'{"msg_id":"a","msg_type":"b","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
 
 def test_a_header_is_read_as_far_as_routing_needs():
     assert read_header(HEADER) == Header("m1", "execute_request", "s1")
     assert read_header(b'{"msg_id":"a","msg_type":"b","subshell_id":"c"}').subshell_id == "c"
 
 
-@pytest.mark.parametrize("header", [b"", b"{}", b"[]", b'{"msg_id":1,"msg_type":"a"}', b"\xff{"])
+@pytest.mark.parametrize(
+    "header", [b"", b"{}", b"[]", b'{"msg_id":1,"msg_type":"a"}', b"\xff{", DEEP_HEADER]
+)
 def test_a_header_that_names_nothing_is_refused(header):
     with pytest.raises(MalformedFrame):
         read_header(header)
