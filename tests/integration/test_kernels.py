@@ -13,22 +13,25 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
 from sorna_jupyter.agents import AgentPool, HeartbeatListener, KeyPair
 from sorna_jupyter.embedded import AgentSettings, EmbeddedAgent
 from sorna_jupyter.exceptions import (
+    AgentUnreachable,
     IllegalTransition,
     InvalidRequest,
     KernelExists,
     KernelNotFound,
     LimitExceeded,
+    Unavailable,
     UnknownKernelspec,
 )
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.live import MemoryLive
-from sorna_jupyter.protocol import Beat, KernelMessage, KernelStatus, Limits
+from sorna_jupyter.protocol import Beat, BeatReply, KernelMessage, KernelStatus, Limits
 from sorna_jupyter.registry import Policy, Registry
 
 OWNER = "ada"
@@ -387,6 +390,42 @@ async def test_kernels_of_a_silent_agent_are_lost_and_come_back_with_it() -> Non
         await client.until(lambda: kernel.status is KernelStatus.RUNNING)
 
         assert await client.output(client.execute("print('back')")) == "back\n"
+
+
+async def test_an_agent_is_no_orphan_while_the_database_is_away(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await until(lambda: bool(house.beats))
+    beat = house.beats[-1]
+
+    async def away(*_: Any) -> None:
+        raise Unavailable("The registry's database does not answer")
+
+    monkeypatch.setattr(house.registry, "record_beat", away)
+
+    assert await house.kernels.hear(beat) == BeatReply(accepted=True)
+    for stranger in (
+        msgspec.structs.replace(beat, agent_id="another"),
+        msgspec.structs.replace(beat, public_key="another"),
+    ):
+        with pytest.raises(Unavailable):
+            await house.kernels.hear(stranger)
+
+
+async def test_who_could_not_be_attached_is_no_connection(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+
+    def full(*_: Any) -> None:
+        raise AgentUnreachable("it does not take messages")
+
+    with monkeypatch.context() as context:
+        context.setattr(house.agents, "attach", full)
+        with pytest.raises(AgentUnreachable):
+            Client(house.kernels, kernel.id)
+
+    assert (kernel.connections, kernel.attached) == (0, [])
 
 
 async def test_limits_above_the_policy_are_refused_not_cut() -> None:
