@@ -408,7 +408,7 @@ class SornaSessionManager(SessionManager):
         )
         try:
             await self._registry.create_session(row)
-        except Exception:
+        except Exception:  # whatever it was: nobody would know of the kernel
             if is_new:
                 await self.kernel_manager.shutdown_kernel(kernel_id)
             raise

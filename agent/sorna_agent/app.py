@@ -20,7 +20,7 @@ import zmq
 
 from sorna_agent.agent import Agent
 from sorna_agent.heartbeat import Heartbeat, Orphaned
-from sorna_agent.kernel_store import KernelStore, replace_file
+from sorna_agent.kernel_store import KernelStore, write_private
 from sorna_agent.relay_link import RelayLink, RelaySettings
 from sorna_agent.resources import find_slots
 from sorna_agent.runtimes import Runtime, choose_runtime
@@ -54,7 +54,7 @@ class Identity:
                 "public_key": public.decode(),
                 "secret_key": secret.decode(),
             }
-            replace_file(path, json.dumps(content).encode())
+            write_private(path, json.dumps(content).encode())
         return cls(**json.loads(path.read_text()))
 
 

@@ -45,10 +45,10 @@ class KernelStore:
         return msgspec.json.decode(data, type=list[KernelRecord])
 
     def save(self, records: list[KernelRecord]) -> None:
-        replace_file(self._path, msgspec.json.encode(records))
+        write_private(self._path, msgspec.json.encode(records))
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
     """Whole or not at all, and for this user only."""
     draft = path.with_name(path.name + ".new")
     draft.unlink(missing_ok=True)

@@ -106,5 +106,5 @@ def _prctl(option: int, value: int) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except Exception as error:
+    except Exception as error:  # goes to the kernel's log, of which its death tells the last line
         sys.exit(f"the kernel could not be started: {error}")

@@ -36,8 +36,14 @@ PORTS = {
 }
 """Over ipc, a port is a suffix of the socket's name: `{address}-1` is shell."""
 
+INSIDE = "/run/sorna"
+"""where a kernel that has its own view of the disk finds its launch's directory"""
+HOME = "/home/sorna"
+"""and its home"""
 CONNECTION_FILE = "kernel.json"
 SOCKET_PREFIX = "k"
+LOGO = "logo-64x64.png"
+"""beside a kernel.json"""
 
 DeathCallback = Callable[[str, str], None]
 
@@ -75,7 +81,7 @@ class Started:
 
 
 class Runtime(ABC):
-    """Starts and stops kernels. One a agent; every method is for the agent's event loop.
+    """Starts and stops kernels. One an agent; every method is for the agent's event loop.
 
     Order of calls: `on_death`, `start_up`, `adopt`, then the others in any order, `close` last.
     `close` leaves kernels running: who wants them gone destroys them first.

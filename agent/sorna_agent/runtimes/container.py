@@ -15,6 +15,8 @@ from typing import Any
 
 from sorna_agent.runtimes import (
     CONNECTION_FILE,
+    HOME,
+    INSIDE,
     PORTS,
     SOCKET_PREFIX,
     Launch,
@@ -30,8 +32,6 @@ KERNEL_LABEL = "sorna.kernel-id"
 AGENT_LABEL = "sorna.agent-id"
 OWNER_LABEL = "sorna.owner"
 
-INSIDE = "/run/sorna"
-HOME = "/home/sorna"
 UID = 1000
 CPU_PERIOD = 100_000  # microseconds
 

@@ -33,6 +33,7 @@ import urllib3.exceptions
 
 from sorna_agent.runtimes import (
     DEFAULT_LIMITS,
+    INSIDE,
     PORTS,
     SOCKET_PREFIX,
     Launch,
@@ -49,7 +50,6 @@ from sorna_agent.runtimes import (
 )
 from sorna_agent.runtimes.container import (
     AGENT_LABEL,
-    INSIDE,
     KERNEL_LABEL,
     Identity,
     choose_identity,
@@ -248,7 +248,7 @@ class DockerRuntime(Runtime):
             async with kernel.lock:
                 await asyncio.shield(work)
                 kernel.is_alive = True
-        except BaseException:
+        except BaseException:  # cancelled too: nothing stays behind
             await asyncio.wait([work])
             with contextlib.suppress(RuntimeUnavailable):
                 await self.destroy(launch.kernel_id)
@@ -536,7 +536,7 @@ async def _in_daemon_thread(work: Callable[[], T]) -> T:
     def run() -> None:
         try:
             result = work()
-        except Exception as error:
+        except Exception as error:  # raised again where it is awaited
             answer: tuple[Callable[[Any], None], Any] = (future.set_exception, error)
         else:
             answer = (future.set_result, result)

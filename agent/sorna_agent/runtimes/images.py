@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sorna_agent.runtimes import LOGO
+
 SPEC_LABEL = "org.sorna.kernelspec"
 NAME_LABEL = "org.sorna.name"
 FOLDER_LABEL = "org.sorna.folder"
-
-LOGO = "logo-64x64.png"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ from sorna_agent import sandbox
 from sorna_agent.runtimes import (
     CONNECTION_FILE,
     DEFAULT_LIMITS,
+    HOME,
+    INSIDE,
+    LOGO,
     PORTS,
     SOCKET_PREFIX,
     Launch,
@@ -72,9 +75,6 @@ from sorna_jupyter.exceptions import (
 from sorna_jupyter.protocol import ImageState, ImageStatus, Limits
 
 log = logging.getLogger(__name__)
-
-INSIDE = "/run/sorna"
-HOME = "/home/sorna"
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix/store")
 # Not all of /etc: an agent that is root could read the shadow file there.
@@ -161,7 +161,7 @@ class LocalRuntime(Runtime):
             for folder in ("s", "tmp", f"home/{path}"):
                 (launch.directory / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
             self._start(kernel)
-        except BaseException:
+        except BaseException:  # cancelled too: nothing stays behind
             await self.destroy(launch.kernel_id)
             raise
         return self._started(kernel)
@@ -423,7 +423,7 @@ class _Spec:
 
     @functools.cached_property
     def status(self) -> ImageStatus:
-        logo = Path(self.resource_dir) / "logo-64x64.png"
+        logo = Path(self.resource_dir) / LOGO
         return ImageStatus(
             name=self.name,
             reference=self.argv[0],
