@@ -14,10 +14,10 @@ import asyncio
 import os.path
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
@@ -26,11 +26,8 @@ from jupyter_client.multikernelmanager import DuplicateKernelError
 from jupyter_core.paths import jupyter_data_dir
 from jupyter_server import CallContext
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-from jupyter_server.services.sessions.sessionmanager import (
-    KernelName,
-    ModelName,
-    SessionManager,
-)
+from jupyter_server.services.sessions.sessionmanager import SessionManager
+from jupyter_server.utils import ensure_async
 from tornado import web
 from traitlets.config import LoggingConfigurable
 
@@ -231,6 +228,7 @@ class SornaMappingKernelManager(AsyncMappingKernelManager):
         limits: Limits | None = None,
         idle_timeout: float | None = None,
         idempotency_key: str | None = None,
+        when_reserved: Callable[[Kernel], Awaitable[None]] | None = None,
         **_: Any,
     ) -> str:
         """`env` goes by value into this kernel and nowhere else; none of the server's own does."""
@@ -247,6 +245,7 @@ class SornaMappingKernelManager(AsyncMappingKernelManager):
                 limits=limits,
                 idle_timeout=idle_timeout,
                 idempotency_key=idempotency_key,
+                when_reserved=when_reserved,
             )
         return kernel.id
 
@@ -386,33 +385,41 @@ class SornaSessionManager(SessionManager):
         kernel_name: str | None = None,
         kernel_id: str | None = None,
     ) -> dict[str, Any]:
-        session_id = str(uuid4())
-        is_new = kernel_id is None or kernel_id not in self.kernel_manager
-        if is_new:
-            kernel_id = await self.start_kernel_for_session(
-                session_id,
-                path,
-                cast(ModelName | None, name),
-                type,
-                cast(KernelName | None, kernel_name),
-                kernel_id,
-            )
-        assert kernel_id is not None
         row = SessionRow(
-            id=session_id,
+            id=str(uuid4()),
             path=path or "",
             name=name or "",
             type=type or "",
-            kernel_id=kernel_id,
+            kernel_id=kernel_id or str(uuid4()),
             owner=_owner(),
         )
-        try:
+        if kernel_id is not None and kernel_id in self.kernel_manager:
             await self._registry.create_session(row)
-        except Exception:  # whatever it was: nobody would know of the kernel
-            if is_new:
-                await self.kernel_manager.shutdown_kernel(kernel_id)
-            raise
+        else:
+            await self._start_kernel_of(row, kernel_name)
         return self._model(row)
+
+    async def _start_kernel_of(self, row: SessionRow, kernel_name: str | None) -> None:
+        """The session is there before its kernel answers.
+
+        Notebook's file list starts the kernel while the new page loads, and that page asks only
+        once whether its notebook has a session.
+        """
+
+        async def remember(_: Kernel) -> None:
+            try:
+                await self._registry.create_session(row)
+            except Exception:
+                await self.kernel_manager.shutdown_kernel(row.kernel_id)
+                raise
+
+        await self.kernel_manager.start_kernel(
+            path=await ensure_async(self.contents_manager.get_kernel_path(path=row.path)),
+            kernel_name=kernel_name,
+            env=self.get_kernel_env(row.path, row.name),
+            kernel_id=row.kernel_id,
+            when_reserved=remember,
+        )
 
     def get_kernel_env(self, path: str | None, name: str | None = None) -> dict[str, str]:
         """The stock one hands the server's whole environment to the kernel."""

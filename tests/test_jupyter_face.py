@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sorna_jupyter.exceptions import KernelStartFailed
+from sorna_jupyter.exceptions import ImageUnavailable, KernelStartFailed
 from sorna_jupyter.protocol import ImageState, KernelStatus, Limits
 from sorna_jupyter.registry import Policy
 from tests.jupyter_app import LOGO, SPEC, beat, image, running_app
@@ -412,6 +412,27 @@ async def test_a_sessions_kernel_gets_its_path_and_name_but_not_the_servers_envi
     (request,) = app.agents.created
     assert request.env == {"JPY_SESSION_NAME": "folder/a.ipynb"}
     assert request.path == "folder"
+
+
+async def test_notebooks_new_page_finds_the_session_whose_kernel_is_still_starting(app):
+    """The file list starts the kernel while the page loads, which asks for sessions once."""
+    app.agents.let_start.clear()
+    asked = asyncio.create_task(app.json("POST", "/api/sessions", session_body()))
+    while not (sessions := await app.json("GET", "/api/sessions")):
+        assert not asked.done()
+
+    (found,) = sessions
+    assert found["kernel"]["execution_state"] == "starting"
+    app.agents.let_start.set()
+    assert (await asked)["id"] == found["id"]
+
+
+async def test_a_session_whose_kernel_does_not_start_is_gone(app):
+    app.agents.failure = ImageUnavailable("no image here")
+
+    assert "no image here" in await refused(app, 503, "POST", "/api/sessions", session_body())
+
+    assert await app.json("GET", "/api/sessions") == []
 
 
 async def test_notebook_gets_the_same_session_for_the_same_path(app):
