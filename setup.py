@@ -32,6 +32,8 @@ setup(
     install_requires=[
         "jupyter_server>=2.21",
         "notebook>=7.6",
+        # What draws the widgets of kernels that bring ipywidgets; front-ends look for it here.
+        "jupyterlab_widgets>=3.0.15",
         "jupyter_client>=8.10",
         "ipykernel>=7.4",
         "nbformat>=5.10",
