@@ -1,5 +1,10 @@
 """The container contract: what a kernel's container may do, who it is, and where it lives.
 
+`ipc` sockets in a directory of the host mounted at /run/sorna; an ordinary uid, no capabilities, no
+new privileges, our own seccomp profile; a read-only root with small tmpfs for home and /tmp; limits
+on memory, cpu, processes, files and log. A kernel's home starts as a copy of the image's /etc/skel,
+and anew with every restart.
+
 No engine here; used by `docker`, which hands these options to the SDK.
 """
 
