@@ -150,7 +150,8 @@ async def test_a_user_is_made_once_and_stays_an_admin(empty):
     await empty.ensure_user("bob")
 
     assert await empty.list_users() == [UserRow("ada", True), UserRow("bob", False)]
-    assert [await empty.is_admin(name) for name in ("ada", "bob", "eve")] == [True, False, False]
+    assert await empty.find_user("ada") == UserRow("ada", True)
+    assert await empty.find_user("eve") is None
 
 
 async def test_a_user_made_by_many_at_once_is_one_user(empty):

@@ -65,10 +65,9 @@ class Registry(Database):
         return [user.row() for user in db.scalars(select(models.User).order_by(models.User.name))]
 
     @reading
-    def is_admin(self, db: Session, name: str) -> bool:
-        """False for a name that nobody has."""
+    def find_user(self, db: Session, name: str) -> UserRow | None:
         user = db.get(models.User, name)
-        return user is not None and user.is_admin
+        return user.row() if user else None
 
     @writing
     def create_token(self, db: Session, user_name: str, label: str = "") -> str:
