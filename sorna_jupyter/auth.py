@@ -174,7 +174,7 @@ class SornaIdentityProvider(PasswordIdentityProvider):
             return UserRow(name=name, is_admin=True)
         if self.registry is None:
             return None
-        return next((row for row in await self.registry.list_users() if row.name == name), None)
+        return await self.registry.find_user(name)
 
 
 class SornaAuthorizer(Authorizer):

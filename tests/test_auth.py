@@ -183,10 +183,10 @@ async def test_a_wrong_password_does_not(app):
 async def test_a_cookie_is_worth_nothing_once_its_user_is_gone(app, monkeypatch):
     _, cookies = await login(app, await app.user("alice"))
 
-    async def nobody():
-        return []
+    async def nobody(name):
+        return None
 
-    monkeypatch.setattr(app.registry, "list_users", nobody)
+    monkeypatch.setattr(app.registry, "find_user", nobody)
 
     assert await who(app, headers={"Cookie": cookies, "Referer": app.url}) == 403
 
