@@ -13,6 +13,7 @@ import binascii
 import getpass
 import hmac
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -108,7 +109,8 @@ class SornaIdentityProvider(PasswordIdentityProvider):
     async def get_user(self, handler: web.RequestHandler) -> User | None:
         user: User | None = await self._get_user(handler)
         if user is not None and not is_admin(user):
-            _refuse_what_is_not_theirs(handler)
+            _keep_token_out_of_pages(handler)
+            _refuse_what_is_not_theirs(handler, user)
         return user
 
     async def get_user_token(self, handler: web.RequestHandler) -> User | None:
@@ -211,11 +213,31 @@ def is_admin(user: User) -> bool:
     return getattr(user, "is_admin", False)
 
 
-def _refuse_what_is_not_theirs(handler: web.RequestHandler) -> None:
+class _TokenlessTemplate:
+    def __init__(self, template: Any) -> None:
+        self._template = template
+
+    def render(self, **names: Any) -> str:
+        page: str = self._template.render(**{**names, "token": ""})
+        return page
+
+
+def _keep_token_out_of_pages(handler: web.RequestHandler) -> None:
+    """jupyter_server writes the server's own token into every page for whoever is logged in, also
+    into those that only say that something is not found."""
+    if isinstance(handler, JupyterHandler):
+        get_template = cast(Callable[[str], Any], handler.get_template)
+        handler.get_template = (  # type: ignore[method-assign]  # no seam is nearer to all pages
+            lambda name: _TokenlessTemplate(get_template(name))
+        )
+
+
+def _refuse_what_is_not_theirs(handler: web.RequestHandler, user: User) -> None:
     """Many pages (`/tree`, `/lab`, other extensions') ask for a login and nothing more, and they
     carry the server's own token in their HTML: no authorizer is asked before that is out."""
     resource = getattr(handler, "auth_resource", None)
     if resource not in OPEN_RESOURCES and not isinstance(handler, _FOR_EVERYONE):
+        handler.current_user = user  # the page that says so asks for it
         raise web.HTTPError(403, "Only an admin of this server may see this")
 
 

@@ -5,6 +5,8 @@ import uuid
 from http.cookies import SimpleCookie
 
 import pytest
+from jupyter_server.base.handlers import JupyterHandler
+from tornado import web
 from tornado.httpclient import HTTPClientError
 
 from sorna_jupyter.exceptions import SornaError
@@ -332,10 +334,21 @@ async def test_no_page_shows_the_servers_token_to_a_user_who_is_no_admin(app):
         assert TOKEN.encode() not in response.body, path
 
 
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "OPTIONS"])
+@pytest.mark.parametrize(
+    "path", ["/nope", "/api/nope", "/static/nope", "/login", "/logout", "/api/spec.yaml", "/tree"]
+)
+async def test_no_page_of_an_error_shows_the_servers_token_to_a_user_who_is_no_admin(
+    app, method, path
+):
+    body = b"password=wrong" if method in ("POST", "PUT") else None
+    response = await app.fetch(method, path, body, token=await app.user("alice"))
+
+    assert TOKEN.encode() not in response.body
+
+
 async def test_a_page_of_an_extension_is_for_admins_only(app):
     """Such pages ask for a login and no more, and carry the server's token."""
-    from jupyter_server.base.handlers import JupyterHandler
-    from tornado import web
 
     class Page(JupyterHandler):
         @web.authenticated
@@ -348,3 +361,4 @@ async def test_a_page_of_an_extension_is_for_admins_only(app):
     refused = await app.fetch("GET", "/lab", token=await app.user("alice"))
     assert refused.code == 403
     assert TOKEN.encode() not in refused.body
+    assert b"Only an admin of this server may see this" in refused.body
