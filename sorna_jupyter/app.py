@@ -292,7 +292,6 @@ class SornaApp(ExtensionApp):
             sorna_kernels=self.kernels,
             sorna_runs=self.runs,
             sorna_registry=self.registry,
-            sorna_headless=self.headless,
         )
         self._hand_out(self.serverapp)
 

@@ -34,18 +34,7 @@ from sorna_jupyter.protocol import (
     Message,
     Request,
 )
-
-PATIENCE = 30.0
-"""seconds; what takes longer is broken"""
-
-
-async def until(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
-    """The condition's value, once it is true."""
-    async with asyncio.timeout(timeout):
-        while not (value := condition()):
-            await asyncio.sleep(0.02)
-    return value
-
+from tests.waiting import PATIENCE, until
 
 # -- a runtime -------------------------------------------------------------------------------
 

@@ -15,28 +15,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import requests
 
+from tests.waiting import wait_until
+
 MARK = "SORNA_TEST_MARK"
 """Environment variable that every process of a test's gateway inherits."""
-
-
-def wait_until(claim: Callable[[], Any], what: str, timeout: float = 30) -> Any:
-    """Ask until the answer is true, and return it; the bound is for when something is broken."""
-    deadline = time.monotonic() + timeout
-    while True:
-        answer = claim()
-        if answer:
-            return answer
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not so after {timeout} s: {what}")
-        time.sleep(0.05)
 
 
 def free_port() -> int:

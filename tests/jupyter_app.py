@@ -41,6 +41,7 @@ from sorna_jupyter.protocol import (
 )
 from sorna_jupyter.registry import Policy, Registry
 from sorna_jupyter.wire import LEGACY, V1, V1_PROTOCOL
+from tests.waiting import until
 
 TOKEN = "the-servers-own-token"
 LOGO = b"\x89PNG\r\n\x1a\n not really"
@@ -238,9 +239,7 @@ class App:
 
     async def attached(self, number: int = -1) -> Attached:
         """The kernel's side of a socket, once the server has opened it."""
-        async with asyncio.timeout(10):
-            while not self.agents.attached:
-                await asyncio.sleep(0.001)
+        await until(lambda: self.agents.attached)
         return self.agents.attached[number]
 
 
@@ -287,7 +286,7 @@ async def running_app(
     server.authorizer.registry = registry
     await registry.ensure_user(server.identity_provider.local_user, is_admin=True)
     settings = server.web_app.settings
-    settings.update(sorna_kernels=kernels, sorna_registry=registry, sorna_headless=headless)
+    settings.update(sorna_kernels=kernels, sorna_registry=registry)
     base = server.base_url.rstrip("/")
     routes = [(base + path, *rest) for path, *rest in jupyter.handlers(headless=headless)]
     server.web_app.add_handlers(".*$", routes)

@@ -16,6 +16,7 @@ from sorna_jupyter.faces import rest
 from sorna_jupyter.protocol import KernelStatus
 from sorna_jupyter.runs import Runs
 from tests.jupyter_app import App, Attached, running_app
+from tests.waiting import until
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 NDJSON = {"Accept": "application/x-ndjson"}
@@ -314,8 +315,7 @@ async def test_one_shot_has_a_kernel_of_its_own_which_is_gone_after_it(app: Rest
         app.app.fetch("POST", "/api/run", {"code": "say hi", "env": {"A": "1"}})
     )
     async with asyncio.timeout(10):
-        while len(app.app.agents.attached) < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(app.app.agents.attached) == 2)
         serving = asyncio.create_task(Words(app.app.agents.attached[-1]).serve())
         response = await asking
         run = json.loads(response.body)

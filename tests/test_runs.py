@@ -23,6 +23,7 @@ from sorna_jupyter.kernels import Kernel
 from sorna_jupyter.protocol import KernelMessage, KernelStatus, Limits
 from sorna_jupyter.run import EOF, Execute, InputRequest, Run, RunStatus
 from sorna_jupyter.runs import Runs
+from tests.waiting import until
 
 KERNEL_ID = "11111111-2222-4333-8444-555555555555"
 PRINT = b'{"name": "stdout", "text": "x"}'
@@ -464,9 +465,7 @@ async def test_a_timeout_interrupts_the_kernel_and_says_so(
 ) -> None:
     run = runs.submit(KERNEL_ID, Execute(code="x", timeout=0.01))
     kernels.busy(run)
-    async with asyncio.timeout(10):
-        while not kernels.interrupts:
-            await asyncio.sleep(0.001)
+    await until(lambda: kernels.interrupts)
 
     kernels.reply(run, status="error", ename="KeyboardInterrupt", evalue="")
     kernels.idle(run)
@@ -627,9 +626,7 @@ async def test_runs_are_let_go_with_age_and_so_is_the_unused_session(
     runs = Runs(kernels, keep_for=0.01, linger=0.01)  # type: ignore[arg-type]  # played
     kernels.finish(runs.submit(KERNEL_ID, Execute(code="x")))
 
-    async with asyncio.timeout(10):
-        while runs.list(KERNEL_ID) or kernels.attached:
-            await asyncio.sleep(0.001)
+    await until(lambda: not runs.list(KERNEL_ID) and not kernels.attached)
 
 
 async def test_a_run_is_found_only_under_its_own_kernel(kernels: PlayedKernels, runs: Runs) -> None:

@@ -13,6 +13,7 @@ from sorna_jupyter.protocol import KernelMessage
 from sorna_jupyter.websocket import SornaWebsocketConnection, is_proxy, websocket_frame
 from sorna_jupyter.wire import LEGACY, V1, V1_PROTOCOL
 from tests.jupyter_app import KERNEL_INFO, TOKEN, running_app
+from tests.waiting import until
 
 PROXY = {"User-Agent": "Tornado/6.6.1"}
 FRAMINGS = [pytest.param((V1_PROTOCOL,), id="v1"), pytest.param((), id="legacy")]
@@ -33,12 +34,6 @@ async def kernel_id(app):
 async def socket(app, kernel_id, request):
     """One in each framing."""
     return await app.socket(kernel_id, *request.param)
-
-
-async def until(claim):
-    async with asyncio.timeout(10):
-        while not claim():
-            await asyncio.sleep(0.001)
 
 
 def stderr(text):

@@ -33,6 +33,7 @@ from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.live import MemoryLive
 from sorna_jupyter.protocol import Beat, BeatReply, KernelMessage, KernelStatus, Limits
 from sorna_jupyter.registry import Policy, Registry
+from tests.waiting import until
 
 OWNER = "ada"
 
@@ -197,13 +198,6 @@ ANY = Policy(max_kernels=None, default_limits=Limits(memory=4 << 30), max_limits
 async def house() -> AsyncIterator[House]:
     async with a_house(ANY) as house:
         yield house
-
-
-async def until(done: Callable[[], bool], timeout: float = 30) -> None:
-    """For what no event tells: bounded, and without hope for a lucky moment."""
-    async with asyncio.timeout(timeout):
-        while not done():
-            await asyncio.sleep(0.02)
 
 
 async def test_two_clients_see_one_kernel_and_each_gets_its_own_replies(house: House) -> None:
