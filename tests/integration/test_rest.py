@@ -356,7 +356,7 @@ def _cut_connections_of(pid: int, gateway: Gateway) -> None:
     for fd in os.listdir(f"/proc/{pid}/fd"):
         try:
             with socket.socket(fileno=os.dup(int(fd))) as sock:
-                if sock.getpeername()[1] == port:
+                if sock.family == socket.AF_INET and sock.getpeername()[1] == port:
                     sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             continue
