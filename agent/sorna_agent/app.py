@@ -65,6 +65,8 @@ class AgentApp:
         self._options = options
         self._data_dir: Path = options.data_dir
         self._runtime_dir: Path = options.runtime_dir
+        self._keeps_kernels = False
+        """whether kernels, and so the relay, outlive this process"""
 
     async def run(self) -> None:
         """Until a signal, a gateway or the orphan timeout ends it; raises SornaError if it can't
@@ -75,7 +77,6 @@ class AgentApp:
         self._join_token = options.join_token_file.read_text().strip()
         self._slots = find_slots(options.max_kernels, options.memory_overcommit)
         stop = asyncio.Event()
-        keep_kernels = False
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
@@ -90,39 +91,41 @@ class AgentApp:
             )
             server = RequestServer(self._agent, self._link)
             await self._link.start()
-
-            async def close_link() -> None:
-                await self._link.close(keep_relay=keep_kernels)
-
-            stack.push_async_callback(close_link)
+            stack.push_async_callback(self._close_link)
             stack.push_async_callback(self._agent.close)
             stack.push_async_callback(server.close)
             await self._agent.adopt()
-
-            heartbeat = self._make_heartbeat()
-            self._agent.on_change = heartbeat.beat_soon
-            self._agent.on_stop = stop.set
-            self._agent.on_left_alone = heartbeat.expect_silence
-            beating = asyncio.create_task(heartbeat.run(), name="heartbeat")
-            try:
-                stopping = asyncio.create_task(stop.wait())
-                await asyncio.wait((beating, stopping), return_when=asyncio.FIRST_COMPLETED)
-                stopping.cancel()
-                keep_kernels = options.keep_kernels and not beating.done()
-                if not self._is_wanted(beating):
-                    keep_kernels = bool(self._agent.reports())
-                # While the heart still beats, so that a slow stop does not look like a death.
-                if not keep_kernels:
-                    await self._agent.destroy_all()
-                if beating.done():
-                    beating.result()
-            except Orphaned as error:
-                log.warning("%s: all kernels and the agent end", error)
-            finally:
-                beating.cancel()
-                await asyncio.gather(beating, return_exceptions=True)
+            await self._beat_until(stop)
         self._tidy_up()
         log.info("agent %s ends", self._identity.agent_id)
+
+    async def _beat_until(self, stop: asyncio.Event) -> None:
+        """Also decides, at the end, whether the kernels stay; raises AgentRefused."""
+        heartbeat = self._make_heartbeat()
+        self._agent.on_change = heartbeat.beat_soon
+        self._agent.on_stop = stop.set
+        self._agent.on_left_alone = heartbeat.expect_silence
+        beating = asyncio.create_task(heartbeat.run(), name="heartbeat")
+        try:
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait((beating, stopping), return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            self._keeps_kernels = self._options.keep_kernels and not beating.done()
+            if not self._is_wanted(beating):
+                self._keeps_kernels = bool(self._agent.reports())
+            # While the heart still beats, so that a slow stop does not look like a death.
+            if not self._keeps_kernels:
+                await self._agent.destroy_all()
+            if beating.done():
+                beating.result()
+        except Orphaned as error:
+            log.warning("%s: all kernels and the agent end", error)
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    async def _close_link(self) -> None:
+        await self._link.close(keep_relay=self._keeps_kernels)
 
     def _tidy_up(self) -> None:
         """Also after a gateway on this machine that was killed: nobody else removes its socket."""
