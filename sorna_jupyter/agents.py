@@ -2,7 +2,7 @@
 
 `HeartbeatListener` is the port that agents dial. `AgentPool` dials back to the relay's port of each
 agent: one explicit method a request, and `attach` for a client session's channels. What a beat
-means is decided by `kernels.Kernels`; nothing here knows the registry.
+means is decided by `kernels.Kernels`; nothing here asks the registry.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ class ServerConsole:
         self._bars: dict[str, TaskID] = {}
         self._said: set[str] = set()
 
-    def welcome(self, url: str, *, can_ctrl_c: bool = True) -> None:
+    def welcome(self, url: str) -> None:
         self._console.print(f"\n  [bold]Sorna Jupyter[/bold] is running at\n\n    {url}\n")
-        if can_ctrl_c and sys.stdin and sys.stdin.isatty():
+        if sys.stdin and sys.stdin.isatty():
             self._console.print("  Ctrl-C stops it and all its kernels.\n")
 
     def say(self, sentence: str) -> None:

@@ -1,7 +1,7 @@
 """What every JSON route of ours has in common: errors, request bodies, who asks.
 
 One table says which error becomes which status. A body is read into a msgspec type, never into a
-dict of anything. The faces subclass `SornaAPIHandler` and hold no `try` of their own.
+dict of anything. The faces subclass `SornaAPIHandler` and let the errors of `exceptions` pass.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What is true right now: what each kernel does, when each agent was heard.
 
 `MemoryLive` serves one gateway by itself, `RedisLive` many that share it; both behave alike. It
-may all be lost without harm: the next message and the next beat tell it again. Used by `kernels`
-and `agents`.
+may all be lost without harm: the next message and the next beat tell it again. Used by `kernels`.
 """
 
 from __future__ import annotations

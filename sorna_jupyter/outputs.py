@@ -2,7 +2,7 @@
 
 An output is exactly what nbformat 4 says. Each message changes the list; the change is returned as
 events that someone who holds an older list can apply, so that a list and a stream of it agree.
-Used by `runs`.
+Used by `run`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Every query and every change of the registry, each method one transaction.
 
 Rows leave as plain values. Time comes in as `now` (Unix seconds) where it decides something.
-Used by `kernels`, `agents`, `auth` and Jupyter's session manager. An environment is never stored.
+Used by `kernels`, `auth`, the operations face and Jupyter's session manager. An environment is
+never stored.
 """
 
 from __future__ import annotations

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE = 2**31 - 1
 PING_INTERVAL = 20.0
+CREATE_TIMEOUT = 180.0
+"""Seconds for a kernel to be made and its websocket opened; its image may have to be fetched."""
 STEADY_AFTER = 5.0
 """Seconds that a websocket must live until the next loss counts as a first one."""
 
@@ -58,14 +60,11 @@ class RemoteKernel:
     """Between `create` and the end there is one kernel id; `session_id` is the same for every
     websocket, so that the server can give back what was said while there was none."""
 
-    def __init__(
-        self, url: str, *, reconnect_timeout: float, create_timeout: float = 180.0
-    ) -> None:
+    def __init__(self, url: str, *, reconnect_timeout: float) -> None:
         self.url = url
         self.id = ""
         self.session_id = uuid.uuid4().hex
         self._reconnect_timeout = reconnect_timeout
-        self._create_timeout = create_timeout
         self._http = AsyncHTTPClient()
         self._token = ""
         self._socket: WebSocketClientConnection | None = None
@@ -86,12 +85,12 @@ class RemoteKernel:
         while True:
             try:
                 model = await self._ask(
-                    "POST", "/api/kernels", body, headers, timeout=self._create_timeout
+                    "POST", "/api/kernels", body, headers, timeout=CREATE_TIMEOUT
                 )
                 break
             except Unavailable as error:
                 # Where nothing listens, waiting seldom helps; a server that is busy gets time.
-                patience = 3.0 if isinstance(error.__cause__, OSError) else self._create_timeout
+                patience = 3.0 if isinstance(error.__cause__, OSError) else CREATE_TIMEOUT
                 if time.monotonic() + pause > started + patience:
                     raise
             except Conflict:
@@ -212,7 +211,7 @@ class RemoteKernel:
             headers={"Authorization": f"token {self._current_token()}"},
             connect_timeout=20.0,
             # Some servers open it only when the kernel is ready, which may take an image's build.
-            request_timeout=self._create_timeout,
+            request_timeout=CREATE_TIMEOUT,
         )
         try:
             socket = await websocket_connect(

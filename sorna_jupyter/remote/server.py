@@ -1,6 +1,6 @@
-"""A Jupyter server, asked for short answers over HTTP: by the command line and by the guardian.
+"""A Jupyter server, asked for short answers over HTTP.
 
-Standard library only and synchronous, so that the guardian starts at once and stays small. What
+Used by the command line, `kernelspecs` and the guardian. Standard library only and synchronous, so that the guardian starts at once and stays small. What
 the library raises becomes one of our errors here.
 """
 
