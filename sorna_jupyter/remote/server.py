@@ -1,7 +1,8 @@
 """A Jupyter server, asked for short answers over HTTP.
 
-Used by the command line, `kernelspecs` and the guardian. Standard library only and synchronous, so that the guardian starts at once and stays small. What
-the library raises becomes one of our errors here.
+Standard library only and synchronous, so that the guardian starts at once and stays small. What
+the library raises becomes one of our errors here. Used by the command line, `kernelspecs` and the
+guardian.
 """
 
 from __future__ import annotations
