@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import sorna_jupyter.cli.agent
 from sorna_agent.agent import Agent
 from sorna_agent.app import FAILED, Identity, parse_options
 from sorna_agent.kernel_store import KernelStore
@@ -571,3 +572,19 @@ def test_slots_are_what_this_process_may_use():
     assert 64 << 20 < slots.memory == usable_memory()
     assert slots.kernels >= 4
     assert find_slots(max_kernels=2).kernels == 2
+
+
+def test_an_agent_refuses_a_socket_directory_that_is_someone_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """In /tmp anyone could have made it first."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "theirs")
+    monkeypatch.setenv("SORNA_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+
+    options = "--manager-addr=tcp://127.0.0.1:9 --manager-key=k --join-token-file=t".split()
+
+    assert sorna_jupyter.cli.agent.main(options) == 1
+
+    assert "belongs to someone else" in capsys.readouterr().err
