@@ -330,6 +330,21 @@ async def test_one_shot_has_a_kernel_of_its_own_which_is_gone_after_it(app: Rest
     assert (await app.app.json("GET", f"/api/run/{run['id']}"))["status"] == "ok"
 
 
+async def test_another_users_run_does_not_exist_when_its_kernel_is_long_forgotten(
+    app: RestApp,
+) -> None:
+    run = json.loads((await app.execute("say secret")).body)
+    await app.app.kernels.stop(app.kernel_id)
+    app.app.kernels._ended.clear()
+    token = await app.app.user("bob")
+
+    for path in (f"{app.kernel}/runs", f"{app.kernel}/runs/{run['id']}", f"/api/run/{run['id']}"):
+        assert (await app.app.fetch("GET", path, token=token)).code == 404
+        assert (await app.app.fetch("GET", path)).code == 200
+    answer = f"{app.kernel}/runs/{run['id']}/input"
+    assert (await app.app.fetch("POST", answer, {"value": "x"}, token=token)).code == 404
+
+
 async def test_another_users_run_does_not_exist(app: RestApp) -> None:
     location, run = await app.start("wait")
     stranger = await app.app.user("eve")

@@ -52,6 +52,13 @@ class RunHandler(SornaAPIHandler):
         super().on_connection_close()
         self._closed.set()
 
+    def own_run(self, run_id: str, kernel_id: str | None = None) -> Run:
+        """Runs outlive their kernels and what is known of those, so the owner is compared here."""
+        run = self.runs.get(run_id, kernel_id)
+        if run.owner != self.username:
+            raise RunNotFound(run_id)
+        return run
+
     async def answer_new(self, run: Run, location: str) -> None:
         """The answer to the request that made this run."""
         self.set_header("Content-Location", location)
@@ -136,7 +143,8 @@ class RunsHandler(SornaAPIHandler):
     @authorized
     async def get(self, kernel_id: str) -> None:
         """Those that go on and those that are kept, oldest first, without their outputs."""
-        if not (runs := self.runs.list(kernel_id)):
+        runs = [run for run in self.runs.list(kernel_id) if run.owner == self.username]
+        if not runs:
             self.kernels.get(kernel_id)
         self.write_json([run.summary() for run in runs])
 
@@ -145,17 +153,14 @@ class OneRunHandler(RunHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_id: str, run_id: str) -> None:
-        await self.answer(self.runs.get(run_id, kernel_id), self.wait or 0)
+        await self.answer(self.own_run(run_id, kernel_id), self.wait or 0)
 
 
-class InputHandler(SornaAPIHandler):
-    auth_resource = AUTH_RESOURCE
-
+class InputHandler(RunHandler):
     @web.authenticated
     @authorized
     async def post(self, kernel_id: str, run_id: str) -> None:
-        run = self.runs.get(run_id, kernel_id)
-        self.runs.answer(run, self.body(Input).value)
+        self.runs.answer(self.own_run(run_id, kernel_id), self.body(Input).value)
         self.set_status(204)
         self.finish()
 
@@ -178,24 +183,14 @@ class RunOnceHandler(RunHandler):
         await self.answer_new(run, f"{self.base_url}api/run/{run.id}")
 
 
-class OwnRuns(RunHandler):
-    """Routes to a run by its id alone: its kernel may be gone, so the owner is compared here."""
-
-    def own_run(self, run_id: str) -> Run:
-        run = self.runs.get(run_id)
-        if run.owner != self.username:
-            raise RunNotFound(run_id)
-        return run
-
-
-class OwnRunHandler(OwnRuns):
+class OwnRunHandler(RunHandler):
     @web.authenticated
     @authorized
     async def get(self, run_id: str) -> None:
         await self.answer(self.own_run(run_id), self.wait or 0)
 
 
-class OwnInputHandler(OwnRuns):
+class OwnInputHandler(RunHandler):
     @web.authenticated
     @authorized
     async def post(self, run_id: str) -> None:
