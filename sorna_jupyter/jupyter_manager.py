@@ -14,7 +14,7 @@ import asyncio
 import os.path
 import posixpath
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -45,6 +45,11 @@ from sorna_jupyter.protocol import ImageState, ImageStatus, KernelStatus, Limits
 from sorna_jupyter.registry import Registry, SessionRow
 
 LOGO = "logo-64x64"
+
+SESSION_WAIT = 0.25
+"""seconds for what can't start to fail in the answer. No longer: Notebook's file list asks for
+the session under a path of its own, and renames it when it is answered; meanwhile the page it
+opened looks, once, for the notebook's session, and asks the user for a kernel if there is none"""
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
@@ -228,7 +233,7 @@ class SornaMappingKernelManager(AsyncMappingKernelManager):
         limits: Limits | None = None,
         idle_timeout: float | None = None,
         idempotency_key: str | None = None,
-        when_reserved: Callable[[Kernel], Awaitable[None]] | None = None,
+        wait: float | None = None,
         **_: Any,
     ) -> str:
         """`env` goes by value into this kernel and nowhere else; none of the server's own does."""
@@ -245,7 +250,7 @@ class SornaMappingKernelManager(AsyncMappingKernelManager):
                 limits=limits,
                 idle_timeout=idle_timeout,
                 idempotency_key=idempotency_key,
-                when_reserved=when_reserved,
+                wait=wait,
             )
         return kernel.id
 
@@ -393,33 +398,22 @@ class SornaSessionManager(SessionManager):
             kernel_id=kernel_id or str(uuid4()),
             owner=_owner(),
         )
-        if kernel_id is not None and kernel_id in self.kernel_manager:
+        is_new = row.kernel_id not in self.kernel_manager
+        if is_new:
+            await self.kernel_manager.start_kernel(
+                path=await ensure_async(self.contents_manager.get_kernel_path(path=row.path)),
+                kernel_name=kernel_name,
+                env=self.get_kernel_env(row.path, row.name),
+                kernel_id=row.kernel_id,
+                wait=SESSION_WAIT,
+            )
+        try:
             await self._registry.create_session(row)
-        else:
-            await self._start_kernel_of(row, kernel_name)
-        return self._model(row)
-
-    async def _start_kernel_of(self, row: SessionRow, kernel_name: str | None) -> None:
-        """The session is there before its kernel answers.
-
-        Notebook's file list starts the kernel while the new page loads, and that page asks only
-        once whether its notebook has a session.
-        """
-
-        async def remember(_: Kernel) -> None:
-            try:
-                await self._registry.create_session(row)
-            except Exception:
+        except Exception:
+            if is_new:
                 await self.kernel_manager.shutdown_kernel(row.kernel_id)
-                raise
-
-        await self.kernel_manager.start_kernel(
-            path=await ensure_async(self.contents_manager.get_kernel_path(path=row.path)),
-            kernel_name=kernel_name,
-            env=self.get_kernel_env(row.path, row.name),
-            kernel_id=row.kernel_id,
-            when_reserved=remember,
-        )
+            raise
+        return self._model(row)
 
     def get_kernel_env(self, path: str | None, name: str | None = None) -> dict[str, str]:
         """The stock one hands the server's whole environment to the kernel."""

@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -264,12 +264,11 @@ class Kernels:
         limits: Limits | None = None,
         idle_timeout: float | None = None,
         idempotency_key: str | None = None,
-        when_reserved: Callable[[Kernel], Awaitable[None]] | None = None,
+        wait: float | None = None,
     ) -> Kernel:
-        """A kernel that answers, or after `start_wait` seconds one that is still starting.
+        """A kernel that answers, or after `wait` (or `start_wait`) seconds one that is starting.
 
-        `path`: working directory relative to the kernel's home. `when_reserved` is awaited once
-        the kernel has its id and can be attached to. Safe to repeat with the same
+        `path`: working directory relative to the kernel's home. Safe to repeat with the same
         `idempotency_key`: the same kernel comes back. Raises `UnknownKernelspec`, `KernelExists`,
         `LimitExceeded`, `NoAgentAvailable`, `KernelStartFailed`, `ImageUnavailable`, ….
         """
@@ -298,9 +297,7 @@ class Kernels:
                 start_timeout=self._start_timeout,
             )
             task = self._in_background(self._start(kernel, request), f"start {row.id}")
-            if when_reserved is not None:
-                await when_reserved(kernel)
-            await asyncio.wait({task}, timeout=self._start_wait)
+            await asyncio.wait({task}, timeout=self._start_wait if wait is None else wait)
             if task.done():
                 await task
         else:

@@ -415,16 +415,13 @@ async def test_a_sessions_kernel_gets_its_path_and_name_but_not_the_servers_envi
 
 
 async def test_notebooks_new_page_finds_the_session_whose_kernel_is_still_starting(app):
-    """The file list starts the kernel while the page loads, which asks for sessions once."""
+    """The file list names it after the notebook only when it is answered: at once, therefore."""
     app.agents.let_start.clear()
-    asked = asyncio.create_task(app.json("POST", "/api/sessions", session_body()))
-    while not (sessions := await app.json("GET", "/api/sessions")):
-        assert not asked.done()
 
-    (found,) = sessions
-    assert found["kernel"]["execution_state"] == "starting"
-    app.agents.let_start.set()
-    assert (await asked)["id"] == found["id"]
+    model = await asyncio.wait_for(app.json("POST", "/api/sessions", session_body()), 5)
+
+    assert model["kernel"]["execution_state"] == "starting"
+    assert await app.json("GET", "/api/sessions") == [model]
 
 
 async def test_a_session_whose_kernel_does_not_start_is_gone(app):
