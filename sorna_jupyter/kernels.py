@@ -192,7 +192,7 @@ class Kernels:
         for row in outcome.changed:
             self._apply(row)
         for report in beat.kernels:
-            self._take_report(report)
+            self._take_report(beat.agent_id, report)
         if known is None:
             log.info("agent %s joined: %s", beat.agent_id, beat.isolation)
             self._open_what_waits_for(beat.agent_id)
@@ -211,9 +211,9 @@ class Kernels:
                 for attachment in list(kernel.attached):
                     self._open(attachment)
 
-    def _take_report(self, report: KernelReport) -> None:
+    def _take_report(self, agent_id: str, report: KernelReport) -> None:
         kernel = self._kernels.get(report.kernel_id)
-        if kernel is None or kernel.is_over:
+        if kernel is None or kernel.is_over or kernel.agent_id != agent_id:
             return
         if kernel.status is KernelStatus.PREPARING:
             kernel.reason = report.reason

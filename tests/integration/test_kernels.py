@@ -31,7 +31,14 @@ from sorna_jupyter.exceptions import (
 )
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.live import MemoryLive
-from sorna_jupyter.protocol import Beat, BeatReply, KernelMessage, KernelStatus, Limits
+from sorna_jupyter.protocol import (
+    Beat,
+    BeatReply,
+    KernelMessage,
+    KernelReport,
+    KernelStatus,
+    Limits,
+)
 from sorna_jupyter.registry import Policy, Registry
 from tests.waiting import until
 
@@ -404,6 +411,27 @@ async def test_an_agent_is_no_orphan_while_the_database_is_away(
     ):
         with pytest.raises(Unavailable):
             await house.kernels.hear(stranger)
+
+
+async def test_an_agent_is_not_believed_about_another_agents_kernel(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    await until(lambda: any(beat.kernels for beat in house.beats))
+    report = KernelReport(
+        kernel_id=kernel.id,
+        status=KernelStatus.RUNNING,
+        execution_state="busy",
+        last_activity=1e12,
+        seq=1 << 40,
+    )
+    beat = msgspec.structs.replace(
+        house.beats[-1], agent_id="another", public_key="another", kernels=[report]
+    )
+
+    reply = await house.kernels.hear(beat)
+    del house.kernels._agent_rows["another"]  # nobody to be stopped with the house
+
+    assert reply == BeatReply(accepted=True, destroy=[kernel.id])
+    assert (kernel.execution_state, kernel.last_activity < 1e12) == ("idle", True)
 
 
 async def test_who_could_not_be_attached_is_no_connection(
