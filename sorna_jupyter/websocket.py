@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, cast
 from weakref import WeakSet
@@ -75,6 +76,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         assert handler.ws_connection is not None
         self._stream = cast(IOStream, handler.ws_connection.stream)
         self._framing = framing_of(handler.selected_subprotocol)
+        self._unanswered: dict[str, bytes] = {}
         self._is_proxy = handler.selected_subprotocol is None and is_proxy(
             handler.request.headers.get("User-Agent", "")
         )
@@ -126,6 +128,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         elif self._knows_the_answer(channel, header):
             self._answer_kernel_info(channel, parts[0])
         elif self._attachment is not None:
+            if header.msg_type == "execute_request":
+                self._unanswered[header.msg_id] = parts[0]
             self._send(channel, parts)
 
     def _send(self, channel: str, parts: list[bytes]) -> None:
@@ -139,6 +143,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     # -- `Listener`
 
     def on_kernel_message(self, message: KernelMessage) -> None:
+        if message.channel == "shell" and b'"execute_reply"' in message.parts[0]:
+            self._forget_answered(message.parts[1])
         hides = message.channel == "iopub" and not self.multi_kernel_manager.allow_tracebacks
         if hides or self._is_proxy:
             parts = self._without_traceback(message.parts) if hides else message.parts
@@ -153,13 +159,25 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             case KernelStatus.TERMINATED:
                 self._tell_death(f"The kernel was stopped: {kernel.reason}\n")
             case KernelStatus.LOST:
-                self._say_stderr(f"The kernel is out of reach: {kernel.reason}\n")
-            # Nothing of a restart: front-ends wait for the REST call's answer, and would take a
-            # status for another restart, that nobody asked for.
+                self._say_stderr(f"The kernel is out of reach: {kernel.reason}\n", self._running)
+            case KernelStatus.RESTARTING:
+                self._unanswered.clear()
+            # Nothing is said of a restart: front-ends wait for the REST call's answer, and would
+            # take a status for another restart, that nobody asked for.
+
+    def _forget_answered(self, parent: bytes) -> None:
+        with suppress(MalformedFrame):  # a kernel may write what it likes
+            self._unanswered.pop(read_header(parent).msg_id, None)
+
+    @property
+    def _running(self) -> bytes:
+        """The request whose cell runs: output with any other parent is shown nowhere."""
+        return next(iter(self._unanswered.values()), b"{}")
 
     def _tell_death(self, note: str) -> None:
         """The socket stays open, as everywhere: front-ends close it when they have shown it."""
-        self._say_stderr(note)
+        self._say_stderr(note, self._running)
+        self._unanswered.clear()
         self._say("iopub", "status", {"execution_state": "dead"})
         if self._attachment is not None:
             self._attachment.close()

@@ -459,6 +459,32 @@ async def test_a_notebook_is_told_why_its_kernel_died(app, socket, kernel_id):
     assert socket.close_code is None
 
 
+async def test_jupyterlab_shows_why_its_kernel_died_below_the_cell_that_ran(app, socket, kernel_id):
+    """Output that is no request's it shows nowhere."""
+    attached = await app.attached()
+    done, running, _ = [await socket.send("shell", "execute_request") for _ in range(3)]
+    for _ in range(3):
+        await attached.sent.get()
+    request = {"msg_id": done, "msg_type": "execute_request"}
+    attached.emit("shell", "execute_reply", {"status": "ok"}, parent=request)
+    assert (await socket.receive())[1] == "execute_reply"
+
+    app.kernels._apply(await app.registry.mark_dead(kernel_id, "exit code 3"))
+
+    assert (await socket.parent())["msg_id"] == running
+
+
+async def test_after_a_restart_no_cell_of_before_is_blamed(app, socket, kernel_id):
+    attached = await app.attached()
+    await socket.send("shell", "execute_request")
+    await attached.sent.get()
+    await app.json("POST", f"/api/kernels/{kernel_id}/restart")
+
+    app.kernels._apply(await app.registry.mark_dead(kernel_id, "exit code 3"))
+
+    assert await socket.parent() == {}
+
+
 async def test_other_tabs_are_told_that_a_kernel_was_stopped(app, socket, kernel_id):
     await app.attached()
 
