@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -19,7 +20,6 @@ def test_command_one_works_on_a_machine_with_python_git_and_certificates(base_im
         pytest.skip("needs root to make a Debian root")
     if os.environ.get("SORNA_IN_TEST_FRESH"):
         pytest.skip("this is that machine")
-    before = set(docker("ps", "-aq").split())
 
     followed = subprocess.run(
         [TEST_FRESH], capture_output=True, text=True, timeout=840, stdin=subprocess.DEVNULL
@@ -28,4 +28,5 @@ def test_command_one_works_on_a_machine_with_python_git_and_certificates(base_im
     assert followed.returncode == 0, followed.stdout[-3000:] + followed.stderr[-6000:]
     assert "a kernel answered: 42 3" in followed.stderr
     assert followed.stderr.splitlines()[-1] == "test-fresh: passed"
-    assert set(docker("ps", "-aq").split()) <= before
+    [agent_id] = re.findall(r"^test-fresh: agent (\S+)$", followed.stderr, re.MULTILINE)
+    assert docker("ps", "-aq", "--filter", f"label=sorna.agent-id={agent_id}") == ""

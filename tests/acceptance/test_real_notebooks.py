@@ -58,25 +58,34 @@ def expected() -> Callable[..., list[dict[str, object]]]:
     return run
 
 
-@each_notebook
-def test_nbconvert_executes_it_on_the_installed_kernelspec(
-    remote_kernels: RemoteKernels,
-    real: RealNotebook,
-    expected: Callable[..., list[dict[str, object]]],
-    tmp_path: Path,
-) -> None:
-    nbformat.write(real.read(), tmp_path / "in.ipynb")
+@pytest.fixture(scope="module")
+def converted(
+    remote_kernels: RemoteKernels, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[RealNotebook], NotebookNode]:
+    """What one `jupyter nbconvert --execute` makes of all of them."""
+    folder = tmp_path_factory.mktemp("nbconvert")
+    for real in NOTEBOOKS:
+        nbformat.write(real.read(), folder / f"{real.name}.ipynb")
 
     done = remote_kernels.home.run(
-        *("jupyter", "nbconvert", "--execute", "--to=notebook", "--output=out.ipynb"),
+        *("jupyter", "nbconvert", "--execute", "--to=notebook", "--allow-errors"),
         f"--ExecutePreprocessor.kernel_name={remote_kernels.kernel_name}",
-        *(["--allow-errors"] if real.allow_errors else []),
-        str(tmp_path / "in.ipynb"),
-        timeout=240,
+        f"--output-dir={folder / 'out'}",
+        *(str(folder / f"{real.name}.ipynb") for real in NOTEBOOKS),
+        timeout=500,
     )
 
     assert done.returncode == 0, done.stderr
-    assert essence(nbformat.read(tmp_path / "out.ipynb", as_version=4)) == expected(real)
+    return lambda real: nbformat.read(folder / "out" / f"{real.name}.ipynb", as_version=4)
+
+
+@each_notebook
+def test_nbconvert_executes_it_on_the_installed_kernelspec(
+    converted: Callable[[RealNotebook], NotebookNode],
+    real: RealNotebook,
+    expected: Callable[..., list[dict[str, object]]],
+) -> None:
+    assert essence(converted(real)) == expected(real)
 
 
 PAPERMILL = [real for real in NOTEBOOKS if not real.allow_errors]
