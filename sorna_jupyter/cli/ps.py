@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sorna_jupyter.cli.server import add_url, reporting, server_of
-from sorna_jupyter.exceptions import NotFound, SornaError
+from sorna_jupyter.cli.server import add_url, reporting, server_of, whole_id
+from sorna_jupyter.exceptions import SornaError
 from sorna_jupyter.remote.server import Server
 
 ID_LENGTH = 13
@@ -53,7 +53,7 @@ def stop(argv: list[str]) -> int:
     failures = 0
     for kernel_id in known if arguments.all else arguments.kernels:
         try:
-            kernel_id = _whole_id(kernel_id, known)
+            kernel_id = whole_id(kernel_id, known)
             server.delete(f"/api/kernels/{kernel_id}")
             print(f"stopped {kernel_id}")
         except SornaError as error:
@@ -74,7 +74,7 @@ def logs(argv: list[str]) -> int:
     add_url(parser)
     arguments = parser.parse_args(argv)
     server = server_of(arguments)
-    kernel_id = _whole_id(arguments.kernel, [kernel["id"] for kernel in _kernels(server)])
+    kernel_id = whole_id(arguments.kernel, [kernel["id"] for kernel in _kernels(server)])
     text = server.get(f"/sorna/kernels/{kernel_id}/logs?lines={arguments.lines}")["text"]
     print(text, end="" if text.endswith("\n") or not text else "\n")
     return 0
@@ -82,16 +82,6 @@ def logs(argv: list[str]) -> int:
 
 def _kernels(server: Server, *, everyone: bool = False) -> list[dict[str, Any]]:
     return list(server.get("/sorna/kernels" + ("?all=1" if everyone else "")))
-
-
-def _whole_id(beginning: str, known: list[str]) -> str:
-    """Raises `NotFound` unless exactly one id begins so."""
-    matches = [kernel_id for kernel_id in known if kernel_id.startswith(beginning)]
-    if len(matches) > 1:
-        raise NotFound(f"{beginning!r} is the beginning of {len(matches)} kernels; type more of it")
-    if not matches:
-        raise NotFound(f"no kernel of yours begins with {beginning!r}; see: jupyter sorna ps")
-    return matches[0]
 
 
 def _table(kernels: list[dict[str, Any]], *, show_owner: bool) -> Table:

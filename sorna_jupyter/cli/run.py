@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from sorna_jupyter.cli.server import add_url
+from sorna_jupyter.cli.server import add_url, whole_id
 from sorna_jupyter.exceptions import SornaError
 from sorna_jupyter.remote.client import Client, Kernel, Result, Run, text_of
 
@@ -53,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("file", nargs="?", metavar="FILE", help="file to run; - or none: stdin")
     what.add_argument("-c", dest="code", metavar="CODE", help="code to run")
     parser.add_argument("-k", dest="name", metavar="NAME", help="kernelspec of a new kernel")
-    parser.add_argument("--kernel", metavar="ID", help="a kernel that runs already; it stays")
+    parser.add_argument(
+        "--kernel",
+        metavar="ID",
+        help="a kernel that runs already, or the beginning of its id; it stays",
+    )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="interrupt it after this")
     add_url(parser)
     return parser
@@ -70,9 +74,15 @@ def _code(options: argparse.Namespace) -> str:
 @contextmanager
 def _kernel(options: argparse.Namespace) -> Iterator[Kernel]:
     client = Client(options.url)
-    kernel = client.attach(options.kernel) if options.kernel else client.kernel(options.name)
-    with kernel:
+    with (
+        _attach(client, options.kernel) if options.kernel else client.kernel(options.name) as kernel
+    ):
         yield kernel
+
+
+def _attach(client: Client, beginning: str) -> Kernel:
+    """By a whole id, or as much of it as `ps` shows."""
+    return client.attach(whole_id(beginning, [kernel.id for kernel in client.kernels()]))
 
 
 def _execute(kernel: Kernel, code: str, timeout: float | None) -> int:

@@ -7,7 +7,7 @@ import functools
 import sys
 from collections.abc import Callable
 
-from sorna_jupyter.exceptions import SornaError
+from sorna_jupyter.exceptions import NotFound, SornaError
 from sorna_jupyter.remote import credentials
 from sorna_jupyter.remote.server import Server
 
@@ -37,3 +37,13 @@ def reporting(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             return 1
 
     return wrapped
+
+
+def whole_id(beginning: str, known: list[str]) -> str:
+    """Raises `NotFound` unless exactly one id begins so."""
+    matches = [kernel_id for kernel_id in known if kernel_id.startswith(beginning)]
+    if len(matches) > 1:
+        raise NotFound(f"{beginning!r} is the beginning of {len(matches)} kernels; type more of it")
+    if not matches:
+        raise NotFound(f"no kernel of yours begins with {beginning!r}; see: jupyter sorna ps")
+    return matches[0]

@@ -83,9 +83,9 @@ class Result:
     @property
     def problem(self) -> str:
         """Why it did not end well; empty if it did."""
-        if self.error:
-            return f"{self.error['ename']}: {self.error['evalue']}"
-        return self.reason or ""
+        if self.reason or not self.error:
+            return self.reason or ""
+        return f"{self.error['ename']}: {self.error['evalue']}"
 
     def data(self, mime_type: str) -> list[Any]:
         """Every display's data of this type, e.g. the plots as base64 of `image/png`."""

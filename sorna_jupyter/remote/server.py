@@ -92,6 +92,8 @@ def refusal(url: str, status: int, body: bytes) -> SornaError:
     words = _message(body)
     if 300 <= status < 400:
         return NotAllowed(f"{url} sends us to another page to log in; check address and token")
+    if status in (400, 413):
+        return InvalidRequest(words or f"{url} does not understand ({status})")
     if status in (401, 403):
         if words in ("", "Forbidden", "Unauthorized"):
             return NotAllowed(f"{url} does not accept this token; type: jupyter sorna login {url}")

@@ -14,7 +14,7 @@ import pexpect
 import pytest
 
 from sorna_jupyter import Client
-from sorna_jupyter.exceptions import NotAllowed, NotFound, Unavailable
+from sorna_jupyter.exceptions import InvalidRequest, NotAllowed, NotFound, Unavailable
 from sorna_jupyter.remote.client import Kernel, RunFailed
 from tests.gateways import Gateway, command, wait_until
 
@@ -116,6 +116,17 @@ handle.update(HTML('<b>new</b>'))
 def test_a_failed_run_raises_when_checked(kernel: Kernel) -> None:
     with pytest.raises(RunFailed, match="ZeroDivisionError: division by zero"):
         kernel.execute("1 / 0").check()
+
+
+def test_a_checked_run_that_took_too_long_says_so(kernel: Kernel) -> None:
+    """Not the `KeyboardInterrupt` that ended it."""
+    with pytest.raises(RunFailed, match="timeout: interrupted after 0.5 s"):
+        kernel.execute("import time; time.sleep(60)", timeout=0.5).check()
+
+
+def test_what_the_server_does_not_understand_is_an_invalid_request(kernel: Kernel) -> None:
+    with pytest.raises(InvalidRequest, match="NUL"):
+        kernel.execute("print('\0')")
 
 
 def test_a_timeout_interrupts_and_says_so_and_the_kernel_lives(kernel: Kernel) -> None:
@@ -238,7 +249,7 @@ def test_run_takes_a_file_or_its_stdin(local_gateway: Gateway) -> None:
 def test_run_on_a_kernel_that_runs_already_leaves_it(
     local_gateway: Gateway, kernel: Kernel
 ) -> None:
-    done = run(local_gateway, "--kernel", kernel.id, "-c", "x = 'set by the command line'")
+    done = run(local_gateway, "--kernel", kernel.id[:13], "-c", "x = 'set by the command line'")
 
     assert done.returncode == 0, done.stderr
     assert kernel.execute("print(x)").text == "set by the command line\n"
