@@ -369,21 +369,25 @@ class SornaApp(ExtensionApp):
         await self._undo.aclose()
 
     async def _stop_agent(self, embedded: EmbeddedAgent) -> None:
-        if not self.keep_kernels:
-            await asyncio.gather(*(self._stop_kernel(kernel) for kernel in self.kernels.list()))
-        for agent in self.kernels.agents():
-            try:
-                await self.agents.stop_agent(agent, keep_kernels=self.keep_kernels)
-            except Unavailable as error:
-                self.log.warning("%s", error)
-                if not self.keep_kernels:
-                    embedded.terminate()
+        embedded.leave()
         if self.keep_kernels:
-            embedded.leave()
-        else:
-            if not self.kernels.joined.is_set():
-                embedded.terminate()
-            await embedded.stop()
+            await self._take_leave_of_agent()
+            return
+        await asyncio.gather(*(self._stop_kernel(kernel) for kernel in self.kernels.list()))
+        await embedded.stop()
+
+    async def _take_leave_of_agent(self) -> None:
+        """Else it would stop our kernels after `orphan_timeout`."""
+        for agent in self.kernels.agents():
+            if agent.id == self._embedded_id():
+                try:
+                    await self.agents.stop_agent(agent, keep_kernels=True)
+                except Unavailable as error:
+                    self.log.warning("kernels will end in %g s: %s", self.orphan_timeout, error)
+
+    def _embedded_id(self) -> str:
+        identity = Path(self.data_dir) / "agent" / "agent.json"
+        return str(json.loads(identity.read_text())["agent_id"]) if identity.exists() else ""
 
     async def _stop_kernel(self, kernel: Kernel) -> None:
         try:

@@ -102,20 +102,16 @@ class EmbeddedAgent:
             self._watcher.cancel()
 
     async def stop(self) -> None:
-        """Returns when the process is gone; it was asked to end before (`AgentPool.stop_agent`)."""
+        """It and its kernels are gone when this returns."""
         self.leave()
-        pid = self._pid()
-        if pid is not None and not await _ends(pid, self.STOP_TIMEOUT):
-            log.warning("the agent did not stop within %g s; it is killed", self.STOP_TIMEOUT)
-            os.kill(pid, signal.SIGKILL)
-        if self._process is not None:
-            await self._process.wait()
-
-    def terminate(self) -> None:
-        """For an agent that could not be asked: SIGTERM stops it and its kernels as well."""
         pid = self._pid()
         if pid is not None:
             os.kill(pid, signal.SIGTERM)
+            if not await _ends(pid, self.STOP_TIMEOUT):
+                log.warning("the agent did not stop within %g s; it is killed", self.STOP_TIMEOUT)
+                os.kill(pid, signal.SIGKILL)
+        if self._process is not None:
+            await self._process.wait()
 
     def _pid(self) -> int | None:
         if self._process is not None and self._process.returncode is None:
