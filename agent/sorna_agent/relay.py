@@ -35,7 +35,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from sorna_agent import relay_messages as agent_side
 from sorna_agent.journal import RETENTION
-from sorna_agent.relay_kernel import BATCH, KernelSide, Socket
+from sorna_agent.relay_kernel import BATCH, BATCH_BYTES, KernelSide, Socket
 from sorna_agent.relay_messages import (
     CONTROL,
     DetachKernel,
@@ -309,10 +309,13 @@ class Relay:
             if not self._send_to_gateway(route, gap, full):
                 return 0
             start = journal.first
-        seq = start
-        end = min(journal.next, start + BATCH)
-        while seq < end and self._send_to_gateway(route, journal.read(seq), full):
+        seq, end, size = start, min(journal.next, start + BATCH), 0
+        while seq < end and size < BATCH_BYTES:
+            entry = journal.read(seq)
+            if not self._send_to_gateway(route, entry, full):
+                break
             seq += 1
+            size += sum(map(len, entry))
         if route in kernel.subscribers:  # it is not, if it turned out to be gone
             kernel.subscribers[route] = seq
         return seq - start

@@ -38,6 +38,8 @@ PORTS = {b"shell": 1, b"iopub": 2, b"stdin": 3, b"control": 4}
 CLIENT_CHANNELS = (b"shell", b"control", b"stdin")
 BATCH = 200
 """messages taken from one socket before the others get their turn"""
+BATCH_BYTES = 4 << 20
+"""…or bytes, whichever is reached first"""
 CLOSE_GRACE = 10.0
 """seconds that a closed session's sockets stay, and as long as the kernel is busy: replies that are
 under way still reach the journal, and a client that comes right back finds them"""
@@ -353,13 +355,14 @@ class KernelSide:
     def _drain(
         self, socket: Socket, session_id: bytes, channel: bytes, limit: int | None = BATCH
     ) -> None:
-        taken = 0
-        while (limit is None or taken < limit) and not socket.closed:
+        taken = size = 0
+        while (limit is None or (taken < limit and size < BATCH_BYTES)) and not socket.closed:
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
             taken += 1
+            size += sum(map(len, frames))
             try:
                 self._take(session_id, channel, frames)
             except Exception as error:  # whatever one kernel sends, the others go on
