@@ -10,8 +10,8 @@ import msgspec
 from sorna_jupyter.exceptions import InvalidRequest
 from sorna_jupyter.protocol import Limits, parse_size
 
-MAX_ENV_VALUE = 128 * 1024
-"""bytes: what Linux takes for one variable"""
+MAX_ENV = 128 * 1024
+"""bytes of one variable, `NAME=value` and a NUL: what Linux takes (MAX_ARG_STRLEN)"""
 
 
 class LimitsBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -60,8 +60,8 @@ def kernel_env(env: dict[str, str], username: str) -> dict[str, str]:
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
             raise InvalidRequest(f"{name[:80]!r} can't be an environment variable")
-        if len(value.encode("utf-8", "replace")) > MAX_ENV_VALUE:
-            raise InvalidRequest(f"The environment variable {name[:80]} is above {MAX_ENV_VALUE}")
+        if len(f"{name}={value}".encode("utf-8", "replace")) >= MAX_ENV:
+            raise InvalidRequest(f"The environment variable {name[:80]} is above {MAX_ENV} bytes")
     return {
         name: value for name, value in env.items() if name != "KERNEL_USERNAME" or value == username
     }
