@@ -43,6 +43,8 @@ def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
         options.add_argument(flag)
     with webdriver.Chrome(options=options, service=Service(driver)) as chrome:
         yield chrome
+        # What a failed test was looking at.
+        chrome.save_screenshot(str(tmp_path / "at-the-end.png"))
 
 
 @dataclass
