@@ -106,6 +106,7 @@ def test_jupyterlab_opens_a_busy_kernels_notebook_at_once(
 ) -> None:
     """It waits for the kernel_info_reply before it shows anything."""
     sleep = {"code": "import time; time.sleep(60)", "silent": False}
+    wait_until(lambda: state_of(local_gateway, kernel_id) == "idle", "the last test is over")
     socket.send("shell", "execute_request", sleep)
     wait_until(lambda: state_of(local_gateway, kernel_id) == "busy", "the kernel is busy")
 
