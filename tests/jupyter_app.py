@@ -330,7 +330,7 @@ def _server(folder: Path, config: dict[str, Any]) -> ServerApp:
     settings.merge(Config(config))
     server = ServerApp(config=settings)
     server.init_signal = lambda: None  # the process is pytest's
-    with mock.patch.dict(os.environ, JUPYTER_NO_CONFIG="1"):
+    with mock.patch.dict(os.environ, JUPYTER_CONFIG_DIR=str(folder / "no-config")):
         server.initialize(argv=[], find_extensions=False, new_httpserver=False)
     return server
 
