@@ -92,7 +92,7 @@ def containers(runtime: DockerRuntime) -> list[str]:
 
 
 async def test_a_kernel_is_locked_up_as_promised(runtime: DockerRuntime, place: Path) -> None:
-    launch = new_launch(place, path="work/today", env={"GREETING": "hello"})
+    launch = new_launch(place, path="lessons/today", env={"GREETING": "hello"})
 
     started = await runtime.launch(launch)
 
@@ -106,7 +106,7 @@ async def test_a_kernel_is_locked_up_as_promised(runtime: DockerRuntime, place: 
     uid = 1000 if os.geteuid() == 0 else os.geteuid()
     assert seen == {
         "uid": uid,
-        "cwd": "/home/sorna/work/today",
+        "cwd": "/home/sorna/lessons/today",
         "home": "/home/sorna",
         "capabilities": "0" * 32,
         "no_new_privs": "1",
