@@ -122,6 +122,21 @@ async def test_a_kernel_is_locked_up_as_promised(runtime: DockerRuntime, place: 
     assert seen["write_usr"] in ("OSError", "PermissionError")
 
 
+async def test_a_new_home_holds_what_the_first_tab_and_the_first_plot_need(
+    runtime: DockerRuntime, place: Path
+) -> None:
+    launch = new_launch(place)
+
+    started = await runtime.launch(launch)
+
+    async with attached(started, launch) as kernel:
+        found = await kernel.run(
+            "import os; print(*sorted(n for n in os.listdir(os.path.expanduser('~/.cache'))"
+            " if os.listdir(os.path.expanduser('~/.cache/' + n))))"
+        )
+    assert found == "jedi matplotlib"
+
+
 async def test_the_seccomp_profile_refuses_what_it_names(
     runtime: DockerRuntime, place: Path
 ) -> None:
