@@ -56,7 +56,6 @@ setup(
             "pytest>=9",
             "pytest-asyncio>=1",
             "pytest-timeout>=2.4",
-            "pytest-xdist>=3.8",
             "ruff>=0.17",
             "mypy>=2.4",
             "import-linter>=2.16",
