@@ -7,6 +7,12 @@ lives as long as this process: `guardian` sees to that.
 
 Replies find their client by the request they answer: `Routes` remembers who asked. One websocket
 carries everything; when it breaks it is opened again, and local clients wait meanwhile.
+
+The reply to a cell that used comms waits for the client to fall silent (`_carry_late_replies`). A
+client of jupyter_client (8.10) that sends a comm at the moment when a reply comes in never notices
+that reply: `Session.send` works on a shadow of the asyncio socket, and libzmq tells of a message
+that is already waiting only once. nbclient sends a comm for each output inside an Output widget;
+what a kernel says over seconds comes over a network in one burst, and then hits that moment.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ from sorna_jupyter.wire import V1
 
 log = logging.getLogger("sorna.proxy")
 
+COMMS = ("comm_open", "comm_msg")
 OUTBOX_SIZE = 1000
 MAX_ROUTES = 100_000
 PARENT_CHECK_INTERVAL = 2.0
@@ -47,6 +54,10 @@ CHECK_INTERVAL = 30.0
 CHECK_AFTER_GOODBYE = 1.0
 GOODBYE_TIMEOUT = 4.0
 """Seconds to wait for the remote kernel's end; managers kill after 5."""
+CLIENT_SILENCE = 0.05
+"""Seconds without a word from a client after which it has worked off a burst with comms."""
+MAX_REPLY_DELAY = 1.0
+"""Seconds after which a reply is sent although the client never fell silent."""
 
 
 @dataclass(slots=True)
@@ -59,6 +70,7 @@ class Route:
     msg_type: str
     is_main_shell: bool
     is_sent: bool = False
+    has_comms: bool = False
 
 
 class Routes:
@@ -104,6 +116,8 @@ class Proxy:
         self._routes = Routes()
         self._outbox: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(OUTBOX_SIZE)
         self._interrupts: asyncio.Queue[Route | None] = asyncio.Queue()
+        self._late_replies: asyncio.Queue[tuple[Route, list[bytes]]] = asyncio.Queue()
+        self._heard_from_client = asyncio.Event()
         self._probe: tuple[str, list[str]] | None = None
         self._terminated = asyncio.Event()
         self._said_goodbye = asyncio.Event()
@@ -166,6 +180,7 @@ class Proxy:
         """Shell and stdin. While the outbox is full, clients' messages wait in their sockets."""
         while True:
             identity, parts = await self._local.receive(channel)
+            self._heard_from_client.set()
             header = _header_of(parts)
             if header is None:
                 continue
@@ -227,6 +242,7 @@ class Proxy:
             self._carry_outbox(),
             self._carry_interrupts(),
             self._carry_answers(),
+            self._carry_late_replies(),
             self._watch_remote(),
         )
 
@@ -283,14 +299,36 @@ class Proxy:
             log.warning("ignored a frame from %s: %s", self._remote.url, error)
             return
         if channel == "iopub":
+            if header.msg_type in COMMS and (route := self._routes.find(parent.msg_id)):
+                route.has_comms = True
             await self._publish(header.msg_type, parts)
         elif channel == "stdin":
             if route := self._routes.find(parent.msg_id):
                 await self._local.send("stdin", route.identity, parts)
         elif route := self._routes.take(parent.msg_id):
-            await self._local.send(channel, route.identity, parts)
+            if route.has_comms:
+                self._late_replies.put_nowait((route, parts))
+            else:
+                await self._local.send(channel, route.identity, parts)
         elif self._probe and self._probe[0] == parent.msg_id:
             await self._fail_lost_requests()
+
+    async def _carry_late_replies(self) -> None:
+        """One after the other, each when the clients have been silent for a moment."""
+        while True:
+            route, parts = await self._late_replies.get()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(MAX_REPLY_DELAY):
+                    await self._silence()
+            await self._local.send(route.channel, route.identity, parts)
+
+    async def _silence(self) -> None:
+        while True:
+            self._heard_from_client.clear()
+            try:
+                await asyncio.wait_for(self._heard_from_client.wait(), CLIENT_SILENCE)
+            except TimeoutError:
+                return
 
     async def _publish(self, msg_type: str, parts: list[bytes]) -> None:
         if msg_type == "iopub_welcome":

@@ -57,26 +57,20 @@ def expected() -> Callable[..., list[dict[str, object]]]:
     return run
 
 
-CONVERTED = [real for real in NOTEBOOKS if real.name != "Output"]
-"""Not the one whose Output widgets nbclient answers with comms: jupyter_client 8.10 sends these on
-the shell socket past asyncio's back, and never notices a reply that comes in just then. (With
-`Session.send` patched to look again, it never hangs.) Over websockets it runs, see below."""
-
-
 @pytest.fixture(scope="module")
 def converted(
     remote_kernels: RemoteKernels, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[RealNotebook], NotebookNode]:
     """What one `jupyter nbconvert --execute` makes of all of them."""
     folder = tmp_path_factory.mktemp("nbconvert")
-    for real in CONVERTED:
+    for real in NOTEBOOKS:
         nbformat.write(real.read(), folder / f"{real.name}.ipynb")
 
     done = remote_kernels.home.run(
         *("jupyter", "nbconvert", "--execute", "--to=notebook", "--allow-errors"),
         f"--ExecutePreprocessor.kernel_name={remote_kernels.kernel_name}",
         f"--output-dir={folder / 'out'}",
-        *(str(folder / f"{real.name}.ipynb") for real in CONVERTED),
+        *(str(folder / f"{real.name}.ipynb") for real in NOTEBOOKS),
         timeout=500,
     )
 
@@ -84,7 +78,7 @@ def converted(
     return lambda real: nbformat.read(folder / "out" / f"{real.name}.ipynb", as_version=4)
 
 
-@pytest.mark.parametrize("real", CONVERTED, ids=lambda real: real.name)
+@pytest.mark.parametrize("real", NOTEBOOKS, ids=lambda real: real.name)
 def test_nbconvert_executes_it_on_the_installed_kernelspec(
     converted: Callable[[RealNotebook], NotebookNode],
     real: RealNotebook,
