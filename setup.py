@@ -56,6 +56,7 @@ setup(
             "pytest>=9",
             "pytest-asyncio>=1",
             "pytest-timeout>=2.4",
+            "hypothesis>=6.150",
             "ruff>=0.17",
             "mypy>=2.4",
             "import-linter>=2.16",
