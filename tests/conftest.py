@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ NEEDS = {
     "browser": {"browser"},
 }
 """What each marker means: the test asks for one of these fixtures."""
+
+
+def pytest_configure() -> None:
+    # A shell's background job is started with Ctrl-C ignored, and so would be what tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
