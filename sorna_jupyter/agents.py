@@ -3,6 +3,10 @@
 `HeartbeatListener` is the port that agents dial. `AgentPool` dials back to the relay's port of each
 agent: one explicit method a request, and `attach` for a client session's channels. What a beat
 means is decided by `kernels.Kernels`; nothing here asks the registry.
+
+A kernel's messages come once, however many clients it has: through its *feed*, a subscription that
+is always kept near the journal's end. Who lags, or was away, reads on at a `Cursor` of its own from
+where it stands, and joins the others when it has caught up.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import os
 import uuid
 from collections.abc import Awaitable, Callable
 from itertools import count
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import zmq
 import zmq.asyncio
@@ -24,12 +28,28 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sorna_jupyter import protocol
 from sorna_jupyter.exceptions import AgentUnreachable
-from sorna_jupyter.protocol import Beat, BeatReply, KernelMessage, Message, Request
+from sorna_jupyter.protocol import (
+    RECORD_COST,
+    Batch,
+    Beat,
+    BeatReply,
+    Gap,
+    KernelMessage,
+    Message,
+    Request,
+    pack_number,
+    read_number,
+    read_record,
+)
 from sorna_jupyter.registry import AgentRow
 
 log = logging.getLogger(__name__)
 
-OnMessage = Callable[[KernelMessage], None]
+FEED_CREDIT = 8 << 20
+"""bytes of a kernel's messages that may be on their way to us"""
+CURSOR_CREDIT = 1 << 20
+"""…of those that one client catches up with"""
+
 R = TypeVar("R", bound=Message)
 
 
@@ -147,14 +167,178 @@ def _same_secret(one: str, other: str) -> bool:
     return hmac.compare_digest(one.encode(), other.encode())
 
 
-class Attachment:
-    """A client session on one kernel: sends on its channels until closed."""
+class Reader(Protocol):
+    """Who gets a kernel's messages; called from the event loop, must not block or raise."""
 
-    def __init__(self, link: _AgentLink, kernel_id: str, session_id: str, on_message: OnMessage):
-        self._link = link
+    def on_batch(self, batch: Batch) -> None: ...
+
+    def on_gap(self, gap: Gap) -> None: ...
+
+
+class Cursor:
+    """A subscription of its own: reads one kernel's journal from a number on, to its end and then
+    as it grows."""
+
+    def __init__(
+        self,
+        link: _AgentLink,
+        kernel_id: str,
+        seq: int,
+        reader: Reader,
+        credit: int,
+        is_prompt: bool = True,
+    ) -> None:
+        """`seq`: number of the first message wanted; 0: from now on. `credit`: bytes that may be on
+        their way. `is_prompt`: the reader is done with what it gets as soon as it has it; else it
+        says when (`done`). Raises `AgentUnreachable`."""
         self.kernel_id = kernel_id
+        self.next = seq
+        self.end = 0
+        """the number after the journal's last, when we last heard; 0: not heard yet"""
+        self.id = link.new_name()
+        self._link = link
+        self._reader = reader
+        self._credit = credit
+        self._is_prompt = is_prompt
+        self._taken = 0
+        link.subscribe(self)
+
+    def close(self) -> None:
+        """Safe to repeat."""
+        self._link.unsubscribe(self)
+
+    def done(self) -> None:
+        """With all that came: as much again may come. Told in larger pieces."""
+        if self._taken * 2 > self._credit:
+            self._link.credit(self, self._taken)
+            self._taken = 0
+
+    # -- what the link tells
+
+    def request(self) -> list[bytes]:
+        """What the relay is to be told when this begins, or begins again."""
+        self._taken = 0
+        numbers = map(pack_number, (self.next, self._credit))
+        return [protocol.SUBSCRIBE, self.kernel_id.encode(), self.id, *numbers]
+
+    def take(self, first: int, end: int, records: list[bytes]) -> None:
+        self.end = max(self.end, end)
+        self.next = self.next or first
+        messages: list[KernelMessage] = []
+        for seq, record in enumerate(records, first):
+            if seq < self.next:
+                continue  # it came before the connection was cut as well
+            item = read_record(self.kernel_id, seq, record)
+            if isinstance(item, Gap):
+                self._hand_over(messages)
+                messages = []
+                self.next = seq + 1
+                self._reader.on_gap(item)
+            else:
+                self.next = seq + 1
+                messages.append(item)
+        self._hand_over(messages)
+        self._taken += sum(map(len, records)) + RECORD_COST * len(records)
+        if self._is_prompt:
+            self.done()
+
+    def lose(self, first: int, last: int, size: int) -> None:
+        self.next = max(self.next, last + 1)
+        reason = "it was more than the agent keeps"
+        self._reader.on_gap(Gap(self.kernel_id, first, last, size or None, reason))
+
+    def _hand_over(self, messages: list[KernelMessage]) -> None:
+        if messages:
+            self._reader.on_batch(Batch(messages))
+
+
+class Reading(Cursor):
+    """A cursor to be read from a coroutine, as fast as that comes for more."""
+
+    def __init__(self, link: _AgentLink, kernel_id: str, seq: int) -> None:
+        self._items: list[KernelMessage | Gap] = []
+        self._changed = asyncio.Event()
+        self._is_over = False
+        super().__init__(link, kernel_id, seq, self, CURSOR_CREDIT, is_prompt=False)
+
+    async def receive(self) -> list[KernelMessage | Gap]:
+        """What came, once something did; nothing when it is over, or the journal's end is reached
+        the first time."""
+        self.done()
+        if not self._items and not self._is_over:
+            self._changed.clear()
+            await self._changed.wait()
+        items, self._items = self._items, []
+        return items
+
+    def stop(self) -> None:
+        """No more will come."""
+        self._is_over = True
+        self._changed.set()
+
+    def take(self, first: int, end: int, records: list[bytes]) -> None:
+        super().take(first, end, records)
+        self._changed.set()
+
+    def on_batch(self, batch: Batch) -> None:
+        self._items.extend(batch.messages)
+
+    def on_gap(self, gap: Gap) -> None:
+        self._items.append(gap)
+        self._changed.set()
+
+
+class _Feed(Cursor):
+    """The subscription that everyone attached to a kernel shares. Nobody holds it up: who can't
+    follow leaves it."""
+
+    def __init__(self, link: _AgentLink, kernel_id: str) -> None:
+        self.attached: list[Attachment] = []
+        super().__init__(link, kernel_id, 0, self, FEED_CREDIT)
+
+    @property
+    def sessions(self) -> set[str]:
+        return {attachment.session_id for attachment in self.attached}
+
+    def take(self, first: int, end: int, records: list[bytes]) -> None:
+        is_first = not self.next
+        super().take(first, end, records)
+        if is_first:
+            for attachment in tuple(self.attached):
+                attachment.catch_up()
+
+    def on_batch(self, batch: Batch) -> None:
+        for attachment in tuple(self.attached):
+            attachment.on_feed(batch)
+
+    def on_gap(self, gap: Gap) -> None:
+        for attachment in tuple(self.attached):
+            attachment.on_feed_gap(gap)
+
+
+class Attachment:
+    """A client session on one kernel: sends on its channels until closed, and gets what the session
+    is to see. One that resumes begins after what its client has acknowledged at the relay.
+
+    `pause` when the client does not keep up, `resume` when it does again: nothing is lost between.
+    """
+
+    def __init__(
+        self, link: _AgentLink, feed: _Feed, session_id: str, reader: Reader, resumes: bool
+    ) -> None:
+        self.kernel_id = feed.kernel_id
         self.session_id = session_id
-        self.on_message = on_message
+        self.is_behind = False
+        """whether what its reader gets now is older than what others get"""
+        self._link = link
+        self._feed = feed
+        self._reader = reader
+        self._next = 0
+        """number of the next message for this client; 0: whatever comes next"""
+        self._is_paused = False
+        self._waits = resumes
+        """for the relay to say where it begins"""
+        self._cursor: Cursor | None = None
 
     def send(self, channel: str, parts: list[bytes]) -> None:
         """`parts`: header, parent header, metadata, content, buffers. Raises `AgentUnreachable`."""
@@ -169,7 +353,78 @@ class Attachment:
         )
 
     def close(self) -> None:
+        """Safe to repeat."""
+        self._stop_catching_up()
         self._link.detach(self)
+
+    def acknowledge(self, seq: int) -> None:
+        """The client has everything up to this number: where it begins when it comes back, through
+        whichever gateway."""
+        self._link.acknowledge(self, seq)
+
+    def pause(self) -> None:
+        """The client has enough for now."""
+        self._is_paused = True
+        self._stop_catching_up()
+
+    def resume(self) -> None:
+        self._is_paused = False
+        self.catch_up()
+
+    # -- what the link tells
+
+    def begin(self, seq: int) -> None:
+        """The relay's answer: what is numbered `seq` and higher this client does not have."""
+        if self._waits:
+            self._waits = False
+            self._next = seq
+            self.catch_up()
+
+    def on_feed(self, batch: Batch) -> None:
+        if self._waits or self._is_paused or self._cursor is not None:
+            return
+        if batch.first > self._next > 0:
+            self.catch_up()
+        elif unseen := batch.since(self._next):
+            self._give(unseen)
+
+    def on_feed_gap(self, gap: Gap) -> None:
+        if not (self._waits or self._is_paused or self._cursor) and gap.last >= self._next:
+            self.on_gap(gap)
+
+    def catch_up(self) -> None:
+        """Read on by itself, if others are ahead."""
+        if self._waits or self._is_paused or self._cursor is not None:
+            return
+        if 0 < self._next < self._feed.next:
+            self.is_behind = True
+            self._cursor = Cursor(self._link, self.kernel_id, self._next, self, CURSOR_CREDIT)
+
+    # -- while it reads by itself
+
+    def on_batch(self, batch: Batch) -> None:
+        self._give(batch)
+        self._rejoin()
+
+    def on_gap(self, gap: Gap) -> None:
+        self._next = gap.last + 1
+        self._reader.on_gap(gap)
+        self._rejoin()
+
+    def _give(self, batch: Batch) -> None:
+        self._next = batch.next
+        if mine := batch.for_session(self.session_id):
+            self._reader.on_batch(mine)
+
+    def _rejoin(self) -> None:
+        if self._cursor is not None and self._next >= self._feed.next:
+            self._stop_catching_up()
+            self.is_behind = False
+
+    def _stop_catching_up(self) -> None:
+        if self._cursor is not None:
+            self._cursor.close()
+            self._cursor = None
 
 
 class AgentPool:
@@ -215,15 +470,26 @@ class AgentPool:
         await self._ask(agent, request, protocol.Done, self._rpc_timeout)
 
     def attach(
-        self, agent: AgentRow, kernel_id: str, session_id: str, on_message: OnMessage
+        self,
+        agent: AgentRow,
+        kernel_id: str,
+        session_id: str,
+        reader: Reader,
+        *,
+        resumes: bool = False,
     ) -> Attachment:
-        """`on_message` gets every iopub message of the kernel and this session's replies."""
-        return self._link(agent).attach(kernel_id, session_id, on_message)
+        """`reader` gets the kernel's iopub messages and this session's replies: from now on, or,
+        if it `resumes`, from where this session's client acknowledged them last."""
+        return self._link(agent).attach(kernel_id, session_id, reader, resumes)
+
+    def read(self, agent: AgentRow, kernel_id: str, since: int) -> Reading:
+        """All that left the kernel, from number `since` on."""
+        return Reading(self._link(agent), kernel_id, since)
 
     def reopen(self, agent: AgentRow) -> None:
-        """The agent's relay is a new process: open there again what clients have open."""
+        """The agent's relay is a new process: want there again what we want."""
         if agent.id in self._links:
-            self._link(agent).start_anew()
+            self._link(agent).reopen()
 
     def close(self) -> None:
         for link in self._links.values():
@@ -245,19 +511,6 @@ class AgentPool:
         return link
 
 
-class _Feed:
-    """What comes from one kernel, and who wants it."""
-
-    def __init__(self) -> None:
-        self.attached: list[Attachment] = []
-        self.last_seq = 0
-        """number of the last message that came; 0 before the first"""
-
-    @property
-    def sessions(self) -> set[str]:
-        return {attachment.session_id for attachment in self.attached}
-
-
 class _AgentLink:
     """One DEALER to one agent's port, drained from the event loop without a task a message."""
 
@@ -271,6 +524,7 @@ class _AgentLink:
         self._ids = count(1)
         self._asked: dict[bytes, asyncio.Future[list[bytes]]] = {}
         self._feeds: dict[str, _Feed] = {}
+        self._cursors: dict[bytes, Cursor] = {}
         self._route = uuid.uuid4().bytes
         self._drain_scheduled = False
         self._dial(agent)
@@ -301,7 +555,7 @@ class _AgentLink:
     def redial(self, agent: AgentRow) -> None:
         self._hang_up()
         self._dial(agent)
-        self._reopen()
+        self.reopen()
 
     def close(self) -> None:
         self._hang_up()
@@ -321,13 +575,13 @@ class _AgentLink:
             recv_monitor_message(self._monitor)
             if self._has_connected:
                 log.info("connected to agent %s again", self._agent.id)
-                self._reopen()
+                self.reopen()
             self._has_connected = True
 
     # -- requests
 
     async def ask(self, request: Request, timeout: float) -> Message:
-        request_id = next(self._ids).to_bytes(8, "big")
+        request_id = self.new_name()
         answered: asyncio.Future[list[bytes]] = self._loop.create_future()
         self._asked[request_id] = answered
         try:
@@ -345,14 +599,13 @@ class _AgentLink:
 
     # -- channels
 
-    def attach(self, kernel_id: str, session_id: str, on_message: OnMessage) -> Attachment:
-        attachment = Attachment(self, kernel_id, session_id, on_message)
+    def attach(self, kernel_id: str, session_id: str, reader: Reader, resumes: bool) -> Attachment:
         feed = self._feeds.get(kernel_id)
         if feed is None:
-            feed = self._feeds[kernel_id] = _Feed()
-            self._subscribe(kernel_id, feed)
+            feed = self._feeds[kernel_id] = _Feed(self, kernel_id)
+        attachment = Attachment(self, feed, session_id, reader, resumes)
+        self._open(kernel_id, session_id)
         feed.attached.append(attachment)
-        self.send([protocol.OPEN, kernel_id.encode(), session_id.encode()])
         return attachment
 
     def detach(self, attachment: Attachment) -> None:
@@ -362,30 +615,49 @@ class _AgentLink:
         if feed is None or attachment not in feed.attached:
             return
         feed.attached.remove(attachment)
-        try:
-            if attachment.session_id not in feed.sessions:
-                self.send([protocol.CLOSE, kernel_id.encode(), attachment.session_id.encode()])
-            if not feed.attached:
-                del self._feeds[kernel_id]
-                self.send([protocol.UNSUBSCRIBE, kernel_id.encode()])
-        except AgentUnreachable:
-            log.debug("agent %s is away; it forgets its clients by itself", self._agent.id)
+        if attachment.session_id not in feed.sessions:
+            self._try([protocol.CLOSE, kernel_id.encode(), attachment.session_id.encode()])
+        if not feed.attached:
+            del self._feeds[kernel_id]
+            feed.close()
 
-    def start_anew(self) -> None:
-        """The relay is another process, which counts its messages from 1 again."""
-        for feed in self._feeds.values():
-            feed.last_seq = 0
-        self._reopen()
+    def acknowledge(self, attachment: Attachment, seq: int) -> None:
+        names = (attachment.kernel_id.encode(), attachment.session_id.encode())
+        self._try([protocol.ACKNOWLEDGE, *names, pack_number(seq)])
 
-    def _reopen(self) -> None:
+    def new_name(self) -> bytes:
+        return pack_number(next(self._ids))
+
+    def subscribe(self, cursor: Cursor) -> None:
+        self.send(cursor.request())
+        self._cursors[cursor.id] = cursor
+
+    def credit(self, cursor: Cursor, size: int) -> None:
+        if cursor.id in self._cursors:
+            names = (cursor.kernel_id.encode(), cursor.id)
+            self._try([protocol.CREDIT, *names, pack_number(size)])
+
+    def unsubscribe(self, cursor: Cursor) -> None:
+        if self._cursors.pop(cursor.id, None) is not None:
+            self._try([protocol.UNSUBSCRIBE, cursor.kernel_id.encode(), cursor.id])
+
+    def reopen(self) -> None:
+        """Say again what we want, from where on: the relay is a new process, or gave us up."""
+        for cursor in self._cursors.values():
+            self.send(cursor.request())
         for kernel_id, feed in self._feeds.items():
-            self._subscribe(kernel_id, feed)
             for session_id in feed.sessions:
-                self.send([protocol.OPEN, kernel_id.encode(), session_id.encode()])
+                self._open(kernel_id, session_id)
 
-    def _subscribe(self, kernel_id: str, feed: _Feed) -> None:
-        begin = feed.last_seq + 1 if feed.last_seq else 0
-        self.send([protocol.SUBSCRIBE, kernel_id.encode(), protocol.pack_seq(begin)])
+    def _open(self, kernel_id: str, session_id: str) -> None:
+        self.send([protocol.OPEN, kernel_id.encode(), session_id.encode()])
+
+    def _try(self, frames: list[bytes]) -> None:
+        """What need not reach an agent that is away: then it has forgotten us, too."""
+        try:
+            self.send(frames)
+        except AgentUnreachable:
+            log.debug("agent %s is away", self._agent.id)
 
     # -- the socket
 
@@ -420,26 +692,26 @@ class _AgentLink:
 
     def _take(self, frames: list[bytes]) -> None:
         kind = frames[0]
-        if kind == protocol.MESSAGE:
-            message = KernelMessage.from_frames(frames)
-            feed = self._feeds.get(message.kernel_id)
-            if feed is None or message.seq <= feed.last_seq:
-                return  # nobody listens any more, or it came before the cut as well
-            feed.last_seq = message.seq
-            for attachment in tuple(feed.attached):
-                if not message.session or message.session == attachment.session_id:
-                    attachment.on_message(message)
+        if kind == protocol.RECORDS:
+            _, cursor_id, _, begin, end, *records = frames
+            if cursor := self._cursors.get(cursor_id):  # else nobody listens any more
+                cursor.take(read_number(begin), read_number(end), records)
+        elif kind == protocol.OPEN:
+            _, kernel, session, begin = frames
+            if feed := self._feeds.get(kernel.decode()):
+                for attachment in tuple(feed.attached):
+                    if attachment.session_id == session.decode():
+                        attachment.begin(read_number(begin))
         elif kind == protocol.RPC:
             future = self._asked.get(frames[1])
             if future is not None and not future.done():
                 future.set_result(frames[2:])
-        elif kind == protocol.GAP:
-            log.warning(
-                "output of kernel %s was lost at the agent: messages %d to %d",
-                frames[1].decode(),
-                int.from_bytes(frames[2], "big"),
-                int.from_bytes(frames[3], "big"),
-            )
+        elif kind == protocol.LOST:
+            _, cursor_id, kernel, *numbers = frames
+            first, last, size = map(read_number, numbers)
+            log.warning("kernel %s: messages %d to %d are lost", kernel.decode(), first, last)
+            if cursor := self._cursors.get(cursor_id):
+                cursor.lose(first, last, size)
         else:
             log.warning("agent %s sent something unknown: %r", self._agent.id, kind[:16])
 

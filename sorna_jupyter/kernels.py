@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import msgspec
-
 from sorna_jupyter import protocol
-from sorna_jupyter.agents import AgentPool, Attachment
+from sorna_jupyter.agents import AgentPool, Attachment, Reading
 from sorna_jupyter.exceptions import (
     AgentRefused,
     AgentUnreachable,
@@ -31,8 +30,11 @@ from sorna_jupyter.exceptions import (
 )
 from sorna_jupyter.live import LiveState
 from sorna_jupyter.protocol import (
+    Activity,
+    Batch,
     Beat,
     BeatReply,
+    Gap,
     ImageStatus,
     KernelMessage,
     KernelReport,
@@ -43,11 +45,18 @@ from sorna_jupyter.registry import IMAGE_RANK, AgentRow, KernelRow, Policy, Regi
 
 log = logging.getLogger(__name__)
 
+READ_TIMEOUT = 30.0
+"""seconds for an agent to send on what is in a journal"""
+STATES = [activity.execution_state for activity in Activity]
+
 
 class Listener(Protocol):
     """Who attached to a kernel; called from the event loop, must not block or raise."""
 
-    def on_kernel_message(self, message: KernelMessage) -> None: ...
+    def on_kernel_messages(self, batch: Batch) -> None: ...
+
+    def on_kernel_gap(self, gap: Gap) -> None:
+        """What it can't be given any more."""
 
     def on_kernel_event(self, kernel: Kernel) -> None:
         """Its status changed: restarting, running again, lost, dead (with `kernel.reason`)."""
@@ -77,6 +86,7 @@ class Kernel:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     """set while the kernel answers, and once it is over"""
     attached: list[_KernelAttachment] = field(default_factory=list, repr=False)
+    readings: list[Reading] = field(default_factory=list, repr=False)
 
     @property
     def is_over(self) -> bool:
@@ -197,9 +207,6 @@ class Kernels:
             log.info("agent %s joined: %s", beat.agent_id, beat.isolation)
             self._open_what_waits_for(beat.agent_id)
         elif known.relay_started != beat.relay_started:
-            for kernel in self._kernels.values():
-                if kernel.agent_id == beat.agent_id:
-                    kernel.seq = 0  # a new relay counts anew
             self._agents.reopen(self._agent_rows[beat.agent_id])
         self.joined.set()
         self.on_beat(beat)
@@ -383,15 +390,22 @@ class Kernels:
         return [k for k in self._kernels.values() if owner is None or k.owner == owner]
 
     def attach(
-        self, kernel_id: str, session_id: str, listener: Listener, *, counts: bool = False
+        self,
+        kernel_id: str,
+        session_id: str,
+        listener: Listener,
+        *,
+        counts: bool = False,
+        resumes: bool = False,
     ) -> _KernelAttachment:
         """Carry `session_id`'s messages to the kernel and the kernel's to `listener`.
 
-        `counts`: whether people see this as one of the kernel's connections. What is sent while
+        `counts`: whether people see this as one of the kernel's connections. `resumes`: begin with
+        what this session's client has not acknowledged, if it was here before. What is sent while
         the kernel still starts waits for it. Raises `KernelNotFound`, `AgentUnreachable`.
         """
         kernel = self.get(kernel_id)
-        attachment = _KernelAttachment(self, kernel, session_id, listener, counts)
+        attachment = _KernelAttachment(self, kernel, session_id, listener, counts, resumes)
         kernel.attached.append(attachment)
         kernel.connections += counts
         try:
@@ -410,27 +424,40 @@ class Kernels:
             return  # a gateway that just started: `hear` opens what waits for this agent
         attachment.open(self._agents, agent)
 
-    def observe(self, kernel: Kernel, message: KernelMessage) -> None:
-        """Keep `execution_state` and `last_activity` from a message on iopub.
+    async def messages(
+        self, kernel_id: str, since: int = 1, *, follow: bool = False
+    ) -> AsyncGenerator[KernelMessage | Gap, None]:
+        """All that left the kernel, on every channel and for every client, in order, from number
+        `since` on; to its end, or with `follow` until the kernel is over.
 
-        As jupyter_server does: what a front-end asks by itself is no activity.
+        Read as fast as the caller iterates. Raises `KernelNotFound`, `AgentUnreachable`.
         """
-        kernel.seq = message.seq
-        if b'"status"' in message.parts[0]:
-            try:
-                parent = protocol.read_header(message.parts[1])
-                state = protocol.read_status(message.parts[3]).execution_state
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                return  # a kernel may write what it likes
-            if parent.msg_type in protocol.UNTRACKED:
-                return
-            if state == "starting" and kernel.status is KernelStatus.RUNNING:
-                return  # it came later than the kernel's first answer
-            if state in ("starting", "idle", "busy"):
-                kernel.execution_state = state
-        elif kernel.execution_state != "busy":
-            return
-        kernel.last_activity = time.time()
+        kernel = await self.wait_ready(kernel_id, self._start_wait)
+        reading = self._agents.read(await self._agent_of(kernel), kernel_id, max(1, since))
+        kernel.readings.append(reading)
+        try:
+            until = math.inf
+            while not kernel.is_over and reading.next < until:
+                async with asyncio.timeout(None if follow else READ_TIMEOUT):
+                    items = await reading.receive()
+                for item in items:
+                    yield item
+                if not follow and until == math.inf:
+                    until = reading.end
+        except TimeoutError:
+            raise AgentUnreachable(f"the agent of kernel {kernel_id} does not answer") from None
+        finally:
+            kernel.readings.remove(reading)
+            reading.close()
+
+    def observe(self, kernel: Kernel, batch: Batch) -> None:
+        """Keep `execution_state` and `last_activity`, as the relay has noted them."""
+        for message in batch.messages:
+            if message.activity:
+                kernel.last_activity = time.time()
+                if state := STATES[message.activity]:
+                    kernel.execution_state = state
+        kernel.seq = batch.next - 1
 
     def _apply(self, row: KernelRow) -> Kernel:
         """Make the view say what the registry says, and tell who is attached."""
@@ -483,6 +510,8 @@ class Kernels:
                 while len(self._ended) > 1000:
                     self._ended.popitem(last=False)
                 kernel.ready.set()
+                for reading in kernel.readings:
+                    reading.stop()
                 log.info("kernel %s is %s: %s", kernel.id, kernel.status, kernel.reason)
         for attachment in list(kernel.attached):
             attachment.listener.on_kernel_event(kernel)
@@ -544,22 +573,34 @@ class _KernelAttachment:
     """bytes that may wait for a kernel that does not answer yet"""
 
     def __init__(
-        self, kernels: Kernels, kernel: Kernel, session_id: str, listener: Listener, counts: bool
+        self,
+        kernels: Kernels,
+        kernel: Kernel,
+        session_id: str,
+        listener: Listener,
+        counts: bool,
+        resumes: bool,
     ) -> None:
         self.kernel = kernel
         self.session_id = session_id
         self.listener = listener
         self._kernels = kernels
         self._counts = counts
+        self._resumes = resumes
         self._waiting: list[tuple[str, list[bytes]]] = []
         self._waiting_bytes = 0
         self._attachment: Attachment | None = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether others get newer messages than this one does."""
+        return self._attachment is not None and self._attachment.is_behind
 
     def open(self, agents: AgentPool, agent: AgentRow) -> None:
         """Safe to repeat."""
         if self._attachment is None:
             self._attachment = agents.attach(
-                agent, self.kernel.id, self.session_id, self._on_message
+                agent, self.kernel.id, self.session_id, self, resumes=self._resumes
             )
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         for channel, parts in waiting:
@@ -594,11 +635,29 @@ class _KernelAttachment:
         if self._attachment is not None:
             self._attachment.close()
 
-    def _on_message(self, message: KernelMessage) -> None:
-        # Everyone attached sees the same iopub message: the first one's look is enough.
-        if not message.session and self.kernel.attached and self.kernel.attached[0] is self:
-            self._kernels.observe(self.kernel, message)
-        self.listener.on_kernel_message(message)
+    def acknowledge(self, seq: int) -> None:
+        """The client has everything up to this number."""
+        if self._attachment is not None:
+            self._attachment.acknowledge(seq)
+
+    def pause(self) -> None:
+        """Until `resume`, nothing comes; afterwards all that came meanwhile."""
+        if self._attachment is not None:
+            self._attachment.pause()
+
+    def resume(self) -> None:
+        if self._attachment is not None:
+            self._attachment.resume()
+
+    # -- `agents.Reader`
+
+    def on_batch(self, batch: Batch) -> None:
+        if batch.next - 1 > self.kernel.seq:
+            self._kernels.observe(self.kernel, batch)
+        self.listener.on_kernel_messages(batch)
+
+    def on_gap(self, gap: Gap) -> None:
+        self.listener.on_kernel_gap(gap)
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:

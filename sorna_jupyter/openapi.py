@@ -42,6 +42,36 @@ class IsComplete(msgspec.Struct, forbid_unknown_fields=True):
     code: str
 
 
+class JournalMessage(msgspec.Struct):
+    """A message that left the kernel, as Jupyter's messaging protocol has it."""
+
+    seq: int
+    """its number; they have no holes"""
+    channel: str
+    header: dict[str, Any]
+    parent_header: dict[str, Any]
+    metadata: dict[str, Any]
+    content: dict[str, Any]
+    buffers: list[bytes]
+    """base64"""
+
+
+class GapModel(msgspec.Struct):
+    from_: int = msgspec.field(name="from")
+    to: int
+    """numbers of the first and the last message that are gone"""
+    messages: int | None
+    """how many; null: nobody knows, and perhaps none"""
+    bytes: int | None
+    reason: str
+
+
+class JournalGap(msgspec.Struct):
+    """Stands where messages are gone."""
+
+    gap: GapModel
+
+
 class Problem(msgspec.Struct):
     """Every error's body."""
 
@@ -98,7 +128,7 @@ def document(base_url: str) -> dict[str, Any]:
 def _schemas() -> dict[str, Any]:
     types = [
         *(Execute, OneShot, Input, Complete, Inspect, IsComplete, NewKernel),
-        *(RunResult, RunSummary, KernelModel, Problem),
+        *(RunResult, RunSummary, KernelModel, JournalMessage, JournalGap, Problem),
     ]
     (*_, event), schemas = msgspec.json.schema_components([*types, Event], ref_template=REF)
     return {**schemas, "Event": event}
@@ -140,6 +170,13 @@ def _paths() -> dict[str, Any]:
         },
         f"{kernel}/runs": {
             "get": _operation("Its runs, oldest first", _json(_list_of("RunSummary")))
+        },
+        f"{kernel}/messages": {
+            "get": _operation(
+                "What left the kernel, on every channel and for every client",
+                _lines_of("`JournalMessage` or `JournalGap`"),
+                parameters=_MESSAGES,
+            )
         },
         "/api/run": {
             "post": _operation(
@@ -207,6 +244,22 @@ def _run() -> dict[str, Any]:
     }
 
 
+def _lines_of(what: str) -> dict[str, Any]:
+    return {
+        "200": {
+            "description": "Messages, in their order",
+            "content": {
+                "application/x-ndjson": {
+                    "schema": {"type": "string", "description": f"one {what} a line"}
+                },
+                "text/event-stream": {
+                    "schema": {"type": "string", "description": f"`data:` is a {what}"}
+                },
+            },
+        }
+    }
+
+
 def _run_made() -> dict[str, Any]:
     accepted = _json(_ref("RunResult"), 202, "It runs; read it at `Location`")
     accepted["202"]["headers"] = {"Location": {"schema": {"type": "string"}}}
@@ -237,6 +290,20 @@ _OLD_RUN = [
         "in": "query",
         "description": "streams only: number of the first event",
         "schema": {"type": "integer", "minimum": 0, "default": 0},
+    },
+]
+_MESSAGES = [
+    {
+        "name": "since",
+        "in": "query",
+        "description": "number of the first message wanted",
+        "schema": {"type": "integer", "minimum": 1, "default": 1},
+    },
+    {
+        "name": "follow",
+        "in": "query",
+        "description": "go on with what comes, until the kernel is over",
+        "schema": {"type": "boolean", "default": False},
     },
 ]
 _QUESTIONS = (

@@ -6,7 +6,7 @@ Three conversations, all msgpack inside ZeroMQ frames:
   frame, a `BeatReply`.
 * **RPC** (gateway → agent, through the relay's port): `[RPC, request id, request]`, answered by
   `[RPC, request id, reply]`, where the reply is the request's `Reply` type or a `Failure`.
-* **Channels** (gateway ⇄ relay, the same port): the frames of `pack_*`/`KernelMessage` below.
+* **Channels** (gateway ⇄ relay, the same port): frames and records as told below.
 
 What both sides must understand alike stands here too: a host's name, what is activity, what a
 Jupyter message of our own looks like. Used by both packages; imports nothing of either but
@@ -18,7 +18,9 @@ from __future__ import annotations
 import enum
 import re
 import socket
+import struct
 import uuid
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +30,7 @@ import msgspec
 from sorna_jupyter import exceptions
 from sorna_jupyter.exceptions import InvalidRequest, SornaError
 
-VERSION = 1
+VERSION = 2
 """Raised when the other side could no longer understand us."""
 
 
@@ -159,7 +161,7 @@ class Beat(Message, frozen=True, kw_only=True):
     kernels: list[KernelReport]
     relay_started: float = 0.0
     """Unix time; when it changes, the relay is a new process: sessions and subscriptions are to be
-    opened again, and sequence numbers begin anew"""
+    opened again"""
 
 
 def host_name() -> str:
@@ -334,67 +336,234 @@ def decode_reply(request: Request, frames: list[bytes]) -> Message:
 
 # -- channels --------------------------------------------------------------------------------
 #
-# First frame: what it is. Kernel ids and session ids are utf-8; the four JSON parts of a Jupyter
-# message and its buffers travel as they came, without identities and signature: the relay holds
-# the kernel's key, strips on the way out and signs on the way in.
+# First frame: what it is. Kernel ids and session ids are utf-8, numbers 8 bytes, big-endian. The
+# four JSON parts of a Jupyter message and its buffers travel as they came, without identities and
+# signature: the relay holds the kernel's key, strips on the way out and signs on the way in.
+#
+# A *subscription* is a gateway's cursor in a kernel's journal, by a number that the gateway chose:
+# the relay sends records while the credit that it was given lasts.
 
 RPC = b"R"
 """[RPC, request id, request] → [RPC, request id, verdict, reply]"""
 OPEN = b"O"
 """[OPEN, kernel id, session id]: connect shell, control and stdin sockets for this client session.
-Safe to repeat."""
+Safe to repeat. Answered by [OPEN, kernel id, session id, next], the number of the first record that
+this session has not acknowledged: for a new session, the next one that will be written."""
 CLOSE = b"C"
 """[CLOSE, kernel id, session id]"""
+ACKNOWLEDGE = b"A"
+"""[ACKNOWLEDGE, kernel id, session id, seq]: this session's client has all up to number seq"""
 SUBSCRIBE = b"S"
-"""[SUBSCRIBE, kernel id, from seq]: send me what leaves this kernel from this number on (8 bytes,
-big-endian; 0: from now on)."""
+"""[SUBSCRIBE, kernel id, subscription, from seq, credit]: send me what left this kernel from this
+number on (0: from now on), as many bytes as I have given credit for. Said again, it starts anew."""
+CREDIT = b"K"
+"""[CREDIT, kernel id, subscription, bytes]: so many more"""
 UNSUBSCRIBE = b"U"
-"""[UNSUBSCRIBE, kernel id]"""
+"""[UNSUBSCRIBE, kernel id, subscription]"""
 MESSAGE = b"M"
 """To the kernel: [MESSAGE, kernel id, session id, channel, header, parent, metadata, content,
-*buffers]. From it: [MESSAGE, kernel id, seq, session id (empty: iopub), channel, header, …]."""
-GAP = b"G"
-"""[GAP, kernel id, first seq lost, last seq lost]: fell out of the journal before it was read."""
+*buffers]"""
+RECORDS = b"J"
+"""From it: [RECORDS, subscription, kernel id, seq of the first, seq after the journal's last,
+*records]. Once without records when a subscription begins."""
+LOST = b"G"
+"""[LOST, subscription, kernel id, first seq, last seq, bytes (0: unknown)]: fell out of the journal
+before it was read"""
+
+RECORD_COST = 100
+"""bytes of credit that a record costs besides its own"""
+
+
+# A record: what the journal keeps of one message, and what crosses the agent link. Behind its head
+# (`_RECORD` and the session id) it is what a websocket of `v1.kernel.websocket.jupyter.org` sends:
+# little-endian u64 count, so many u64 offsets, channel, parts.
+
+CHANNELS = ("iopub", "shell", "control", "stdin")
+NOTE = 255
+"""instead of a channel: a note of the relay's own, a `LossNote`"""
+
+_RECORD = struct.Struct("<BBH")
+"""channel, activity, length of the session id (which follows; empty: on iopub, for everyone)"""
+_PLAIN = struct.Struct("<7Q")
+"""count and offsets of a message without buffers"""
+_NAMES = [name.encode() for name in CHANNELS]
+
+
+class Activity(enum.IntEnum):
+    """What a record tells of its kernel's state."""
+
+    NOTHING = 0
+    ACTIVE = 1
+    """something that counts as activity; the state stays as it was"""
+    STARTING = 2
+    IDLE = 3
+    BUSY = 4
+
+    @property
+    def execution_state(self) -> str | None:
+        """Jupyter's word, if this is a change of state."""
+        return self.name.lower() if self >= Activity.STARTING else None
+
+
+def pack_record(channel: int, activity: int, session: bytes, parts: list[bytes]) -> bytes:
+    """`channel`: its place in `CHANNELS`."""
+    return b"".join(
+        (_RECORD.pack(channel, activity, len(session)), session, *v1_slices(_NAMES[channel], parts))
+    )
+
+
+def v1_slices(name: bytes, parts: list[bytes]) -> tuple[bytes, ...]:
+    """A v1 websocket message on the channel of that name, not yet joined."""
+    count = len(parts) + 2
+    begin = 8 * (count + 1)
+    if count == 6:
+        header, parent, metadata, content = parts
+        one = begin + len(name)
+        two = one + len(header)
+        three = two + len(parent)
+        four = three + len(metadata)
+        table = _PLAIN.pack(count, begin, one, two, three, four, four + len(content))
+    else:
+        offsets = [begin, begin := begin + len(name)]
+        for part in parts:
+            offsets.append(begin := begin + len(part))
+        table = struct.pack(f"<{count + 1}Q", count, *offsets)
+    return (table, name, *parts)
+
+
+class LossNote(Message, frozen=True):
+    """The relay's own record where it was not there to listen: what it wrote may miss something."""
+
+    reason: str
+
+
+def pack_note(note: LossNote) -> bytes:
+    return _RECORD.pack(NOTE, 0, 0) + encode(note)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What a reader of a kernel's messages can't have any more."""
+
+    kernel_id: str
+    first: int
+    last: int
+    """numbers of the first and the last message that are lost; equal for a `LossNote`, which stands
+    for an unknown number of messages that were never numbered"""
+    size: int | None
+    """bytes; None: nobody knows"""
+    reason: str
+
+    @property
+    def messages(self) -> int | None:
+        return None if self.size is None else self.last - self.first + 1
 
 
 class KernelMessage:
     """One message on its way from a kernel to its clients.
 
-    `parts` are header, parent header, metadata, content (JSON as the kernel wrote it) and buffers.
-    `session` is the client session that it answers; empty on iopub, which everyone gets.
-    `encoded` is the websockets' own: frames already made of it, by framing.
+    `parts` are header, parent header, metadata, content (JSON as the kernel wrote it) and buffers;
+    `frame` is the same as a v1 websocket message. `session` is the client session that it answers;
+    empty on iopub, which everyone gets.
     """
 
-    __slots__ = ("channel", "encoded", "kernel_id", "parts", "seq", "session")
+    __slots__ = ("_parts", "activity", "channel", "frame", "kernel_id", "seq", "session")
 
     def __init__(
-        self, kernel_id: str, seq: int, session: str, channel: str, parts: list[bytes]
+        self,
+        kernel_id: str,
+        seq: int,
+        session: str,
+        channel: str,
+        frame: memoryview | bytes,
+        activity: int = Activity.NOTHING,
     ) -> None:
         self.kernel_id = kernel_id
         self.seq = seq
         self.session = session
         self.channel = channel
-        self.parts = parts
-        self.encoded: dict[Any, bytes | str] | None = None
+        self.frame = frame
+        self.activity = activity
+        self._parts: list[bytes] | None = None
 
     @classmethod
-    def from_frames(cls, frames: list[bytes]) -> KernelMessage:
-        _, kernel_id, seq, session, channel, *parts = frames
-        return cls(
-            kernel_id.decode(),
-            int.from_bytes(seq, "big"),
-            session.decode(),
-            channel.decode(),
-            parts,
-        )
+    def of(
+        cls, kernel_id: str, seq: int, session: str, channel: str, parts: list[bytes]
+    ) -> KernelMessage:
+        frame = b"".join(v1_slices(channel.encode(), parts))
+        return cls(kernel_id, seq, session, channel, frame)
+
+    @property
+    def parts(self) -> list[bytes]:
+        if self._parts is None:
+            frame = self.frame
+            (count,) = struct.unpack_from("<Q", frame)
+            offsets = struct.unpack_from(f"<{count}Q", frame, 8)
+            self._parts = [
+                bytes(frame[start:end])
+                for start, end in zip(offsets[1:], offsets[2:], strict=False)
+            ]
+        return self._parts
 
     @property
     def msg_type(self) -> str:
         return read_header(self.parts[0]).msg_type
 
 
-def pack_seq(seq: int) -> bytes:
-    return seq.to_bytes(8, "big")
+def read_record(kernel_id: str, seq: int, record: bytes) -> KernelMessage | Gap:
+    channel, activity, length = _RECORD.unpack_from(record)
+    if channel == NOTE:
+        note = msgspec.msgpack.decode(record[_RECORD.size :], type=LossNote)
+        return Gap(kernel_id, seq, seq, None, note.reason)
+    begin = _RECORD.size + length
+    session = record[_RECORD.size : begin].decode() if length else ""
+    frame = memoryview(record)[begin:]
+    return KernelMessage(kernel_id, seq, session, CHANNELS[channel], frame, activity)
+
+
+class Batch:
+    """Messages of one kernel that came together, in order and without a hole.
+
+    `for_everyone`: all of them are on iopub. `encoded` is the websockets' own: what they already
+    made of it, by framing.
+    """
+
+    __slots__ = ("encoded", "for_everyone", "messages", "next")
+
+    def __init__(self, messages: list[KernelMessage]) -> None:
+        self.messages = messages
+        self.next = messages[-1].seq + 1
+        self.for_everyone = not any(message.session for message in messages)
+        self.encoded: dict[Any, bytes] = {}
+
+    @property
+    def first(self) -> int:
+        return self.messages[0].seq
+
+    def since(self, seq: int) -> Batch | None:
+        """What of it is numbered `seq` or higher."""
+        if seq <= self.first:
+            return self
+        return Batch(self.messages[seq - self.first :]) if seq < self.next else None
+
+    def for_session(self, session: str) -> Batch | None:
+        """What of it that client gets."""
+        if self.for_everyone:
+            return self
+        mine = [m for m in self.messages if not m.session or m.session == session]
+        if not mine:
+            return None
+        batch = Batch(mine)
+        batch.next = self.next
+        return batch
+
+
+def pack_number(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+def read_number(data: bytes) -> int:
+    return int.from_bytes(data, "big")
 
 
 # -- Jupyter's messages, as far as we read or make them ourselves ----------------------------

@@ -228,6 +228,11 @@ class Run:
             if not self.is_over:
                 self._log(change)
 
+    def note_loss(self, reason: str) -> None:
+        """Some of its output may be missing from here on."""
+        text = f"[Output may be missing here: {reason}]\n"
+        self.take_output("stream", msgspec.json.encode({"name": "stderr", "text": text}))
+
     def take_reply(self, content: bytes) -> None:
         self.reply = reply = decode(content, _ReplyContent)
         if reply.execution_count is not None:

@@ -27,6 +27,8 @@ from sorna_jupyter.exceptions import (
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.outputs import decode
 from sorna_jupyter.protocol import (
+    Batch,
+    Gap,
     Header,
     KernelMessage,
     KernelStatus,
@@ -242,7 +244,10 @@ class _KernelSession:
         self._send("shell", run.id, "execute_request", content)
         self._known[run.id] = self._going_on[run.id] = run
 
-    async def ask(self, msg_type: str, content: dict[str, Any], timeout: float) -> dict[str, Any]:
+    async def ask(
+        self, msg_type: str, content: dict[str, Any], timeout: float | None
+    ) -> dict[str, Any]:
+        """`timeout`: seconds; None: as long as the kernel lives."""
         question_id = str(uuid.uuid4())
         question: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._questions[question_id] = question
@@ -309,14 +314,33 @@ class _KernelSession:
 
     # -- what comes from the kernel
 
-    def on_kernel_message(self, message: KernelMessage) -> None:
+    def on_kernel_messages(self, batch: Batch) -> None:
+        for message in batch.messages:
+            try:
+                parent_id = decode(message.parts[1], Header).msg_id
+                header = decode(message.parts[0], Header)
+                self._take(message, header.msg_type, parent_id)
+            except (ValueError, RecursionError) as error:
+                # Kernels run what users write; what they send may be anything.
+                log.warning("kernel %s sent what is no message: %s", self.kernel.id, error)
+
+    def on_kernel_gap(self, gap: Gap) -> None:
+        """Output may miss, or the answer itself. Kernels work their shell off in order: when the
+        answer to a question asked now is here, what has none by then never will."""
+        runs = list(self._going_on.values())
+        for run in runs:
+            run.note_loss(gap.reason)
+        if runs:
+            self._runs.in_background(self._end_if_lost(runs, gap.reason), "look for lost answers")
+
+    async def _end_if_lost(self, runs: list[Run], reason: str) -> None:
         try:
-            parent_id = decode(message.parts[1], Header).msg_id
-            header = decode(message.parts[0], Header)
-            self._take(message, header.msg_type, parent_id)
-        except (ValueError, RecursionError) as error:
-            # Kernels run what users write; what they send may be anything.
-            log.warning("kernel %s sent what is no message: %s", self.kernel.id, error)
+            await self.ask("kernel_info_request", {}, timeout=None)
+        except SornaError:
+            return  # the kernel is over, and `lose` has ended them
+        for run in runs:
+            if run.id in self._going_on and run.reply is None:
+                self._end(run, RunStatus.LOST, f"its answer was lost: {reason}")
 
     def on_kernel_event(self, kernel: Kernel) -> None:
         if kernel.status is KernelStatus.RESTARTING:

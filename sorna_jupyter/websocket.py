@@ -1,14 +1,22 @@
 """One websocket on one kernel: frames in both framings, carried to `Kernels.attach` and back.
 
 jupyter_server's `kernel_websocket_connection_class`. Parts of messages pass through as bytes; what
-is made up here is only what no kernel can say: that it died, and an answer to
-`kernel_info_request` while it is busy. Nothing is dropped for being too fast.
+is made up here is only what no kernel can say: that it died, that the journal has lost something,
+and an answer to `kernel_info_request` while it is busy. Nothing is dropped for being too fast: a
+client that lags gets the rest from the journal, later.
+
+What the client has is known from its pongs: a ping behind each batch carries the number of its last
+message, and every websocket implementation answers pings in order, by itself. So a client that
+comes back with the same session id goes on behind the last number that it answered. Messages that
+it got in its last round trip before a cut come again; none is left out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -22,10 +30,11 @@ from traitlets import Integer
 from sorna_jupyter.exceptions import KernelNotFound, SornaError
 from sorna_jupyter.jupyter_manager import SornaMappingKernelManager
 from sorna_jupyter.kernels import Kernel
-from sorna_jupyter.protocol import KernelMessage, KernelStatus, make_message
+from sorna_jupyter.protocol import Batch, Gap, KernelStatus, make_message, pack_number, read_number
 from sorna_jupyter.wire import (
     JSON_PARTS,
     UNSUPPORTED_DATA,
+    V1,
     Framing,
     Header,
     MalformedFrame,
@@ -35,9 +44,12 @@ from sorna_jupyter.wire import (
 
 TO_KERNEL = frozenset(("shell", "control", "stdin"))
 
-GOING_AWAY, POLICY_VIOLATION, TRY_AGAIN_LATER = 1001, 1008, 1013
+GOING_AWAY, TRY_AGAIN_LATER = 1001, 1013
 
-TEXT, BINARY = 0x81, 0x82
+MAX_PINGS = 8
+"""that wait for their answers at once"""
+
+TEXT, BINARY, PING = 0x81, 0x82, 0x89
 """a websocket frame's first byte: final, and what it carries"""
 
 
@@ -45,9 +57,9 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     """What a front-end's websocket does, from its opening to its close."""
 
     max_unsent_bytes = Integer(
-        1 << 30,
-        help="Bytes that may wait for a client that reads slower than its kernel writes. Above "
-        "it the websocket is closed with a reason; the kernel and its other clients go on.",
+        16 << 20,
+        help="Bytes that may wait here for a client that reads slower than its kernel writes. What "
+        "is more waits in the kernel's journal at the agent; other clients do not notice.",
     ).tag(config=True)
     proxy_message_limit = Integer(
         10 * 1024 * 1024,
@@ -63,6 +75,11 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     _stream: IOStream
     _is_proxy = False
     _unsent = 0
+    _is_paused = False
+    _written = 0
+    """number of the last message written"""
+    _asked = 0
+    """…and of the last one that a ping was sent behind"""
 
     multi_kernel_manager: SornaMappingKernelManager
 
@@ -77,6 +94,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         self._stream = cast(IOStream, handler.ws_connection.stream)
         self._framing = framing_of(handler.selected_subprotocol)
         self._unanswered: dict[str, bytes] = {}
+        self._pings: deque[int] = deque()
         self._is_proxy = handler.selected_subprotocol is None and is_proxy(
             handler.request.headers.get("User-Agent", "")
         )
@@ -84,7 +102,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         self._open.add(self)
         try:
             self._attachment = self.multi_kernel_manager.kernels.attach(
-                self.kernel_id, self.session_id, self, counts=True
+                self.kernel_id, self.session_id, self, counts=True, resumes=True
             )
         except KernelNotFound as error:
             # It ended between the handshake and now.
@@ -142,15 +160,46 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
 
     # -- `Listener`
 
-    def on_kernel_message(self, message: KernelMessage) -> None:
-        if message.channel == "shell" and b'"execute_reply"' in message.parts[0]:
-            self._forget_answered(message.parts[1])
-        hides = message.channel == "iopub" and not self.multi_kernel_manager.allow_tracebacks
-        if hides or self._is_proxy:
-            parts = self._without_traceback(message.parts) if hides else message.parts
-            self._write_parts(message.channel, parts)
+    def on_kernel_messages(self, batch: Batch) -> None:
+        if self._unanswered:
+            for message in batch.messages:
+                if message.channel == "shell" and b'"execute_reply"' in message.parts[0]:
+                    self._forget_answered(message.parts[1])
+        hides = not self.multi_kernel_manager.allow_tracebacks
+        if hides or self._is_proxy or self._is_compressed:
+            for message in batch.messages:
+                hides_it = hides and message.channel == "iopub"
+                parts = self._without_traceback(message.parts) if hides_it else message.parts
+                self._write_parts(message.channel, parts)
         else:
-            self._write(self._encoded(message))
+            self._write_bytes(self._encoded(batch))
+        self._written = batch.next - 1
+        self._ping()
+
+    def on_kernel_gap(self, gap: Gap) -> None:
+        what = "Output" if gap.messages is None else f"{gap.messages} messages"
+        self._say_stderr(f"[{what} may be missing here: {gap.reason}]\n", self._running)
+        self._written = gap.last
+
+    def on_pong(self, data: bytes) -> None:
+        """The client has everything up to the number that the ping carried."""
+        seq = read_number(data)
+        if seq not in self._pings:
+            return  # unasked for
+        while self._pings[0] != seq:
+            self._pings.popleft()
+        self._pings.popleft()
+        if self._attachment is not None:
+            self._attachment.acknowledge(seq)
+        self._ping()
+
+    def _ping(self) -> None:
+        """Ask whether the client has what was written; while many wait for an answer, later."""
+        if self._written > self._asked and len(self._pings) < MAX_PINGS:
+            self._asked = self._written
+            self._pings.append(self._written)
+            payload = pack_number(self._written)
+            self._write_bytes(bytes((PING, len(payload))) + payload)
 
     def on_kernel_event(self, kernel: Kernel) -> None:
         match kernel.status:
@@ -220,19 +269,26 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
 
     # -- on the wire
 
-    def _encoded(self, message: KernelMessage) -> bytes | str | None:
-        """The frame, made once for all sockets of the same framing."""
-        if message.encoded is None:
-            message.encoded = {}
-        frame = message.encoded.get(self._framing)
-        if frame is None:
+    def _encoded(self, batch: Batch) -> bytes:
+        """The batch's websocket frames, made once for all sockets of the same framing."""
+        key = self._framing
+        if (data := batch.encoded.get(key)) is None:
+            data = batch.encoded[key] = b"".join(self._frames(batch))
+        return data
+
+    def _frames(self, batch: Batch) -> Iterator[bytes | memoryview]:
+        if self._framing is V1:
+            for message in batch.messages:
+                yield frame_head(BINARY, len(message.frame))
+                yield message.frame
+            return
+        for message in batch.messages:
             try:
                 frame = self._framing.encode(message.channel, message.parts)
             except MalformedFrame as error:
                 self.log.warning("kernel %s: %s", self.kernel_id, error.message)
-                return None
-            message.encoded[self._framing] = frame
-        return frame
+            else:
+                yield websocket_frame(frame)
 
     def _write_parts(self, channel: str, parts: list[bytes]) -> None:
         """For the few sockets that can't get the same frame as all others."""
@@ -300,15 +356,23 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         }
         return [*parts[:3], msgspec.json.encode(content), *parts[JSON_PARTS:]]
 
-    def _write(self, frame: bytes | str | None) -> None:
-        """Straight to the stream: `write_message` would start a task for every message."""
+    def _write(self, frame: bytes | str) -> None:
         handler = self.websocket_handler
-        if frame is None or handler.ws_connection is None or handler.ws_connection.is_closing():
+        if self._is_compressed:
+            if handler.ws_connection is not None and not handler.ws_connection.is_closing():
+                handler.write_message(frame, binary=isinstance(frame, bytes))
+        else:
+            self._write_bytes(websocket_frame(frame))
+
+    @property
+    def _is_compressed(self) -> bool:
+        return self.websocket_handler.get_compression_options() is not None
+
+    def _write_bytes(self, data: bytes) -> None:
+        """Straight to the stream: `write_message` would start a task for every message."""
+        connection = self.websocket_handler.ws_connection
+        if connection is None or connection.is_closing():
             return
-        if handler.get_compression_options() is not None:
-            handler.write_message(frame, binary=isinstance(frame, bytes))
-            return
-        data = websocket_frame(frame)
         try:
             written = self._stream.write(data)
         except StreamClosedError:
@@ -316,19 +380,19 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         if not written.done():
             self._unsent += len(data)
             written.add_done_callback(partial(self._drained, len(data)))
-            if self._unsent > self.max_unsent_bytes:
-                self._give_up()
+            if self._unsent > self.max_unsent_bytes and not self._is_paused:
+                self._is_paused = True
+                if self._attachment is not None:
+                    self._attachment.pause()
 
     def _drained(self, size: int, written: asyncio.Future[None]) -> None:
         self._unsent -= size
-        if not written.cancelled():
-            written.exception()  # a closed stream: `disconnect` tells it
-
-    def _give_up(self) -> None:
-        reason = f"the client left {self._unsent >> 20} MiB unread"
-        self.log.warning("kernel %s: %s; closing its websocket", self.kernel_id, reason)
-        self.disconnect()
-        self._close(POLICY_VIOLATION, reason)
+        if written.cancelled() or written.exception():
+            return  # a closed stream: `disconnect` tells it
+        if self._is_paused and self._unsent * 4 < self.max_unsent_bytes:
+            self._is_paused = False
+            if self._attachment is not None:
+                self._attachment.resume()
 
     def _close(self, code: int, reason: str) -> None:
         # A close frame has room for 123 bytes of reason.
@@ -356,11 +420,14 @@ def is_proxy(user_agent: str) -> bool:
 
 def websocket_frame(payload: bytes | str) -> bytes:
     """A server's whole websocket frame (RFC 6455): text for `str`, binary for `bytes`."""
-    first = TEXT if isinstance(payload, str) else BINARY
     data = payload.encode() if isinstance(payload, str) else payload
-    size = len(data)
+    return frame_head(TEXT if isinstance(payload, str) else BINARY, len(data)) + data
+
+
+def frame_head(first: int, size: int) -> bytes:
+    """What stands before a frame's payload of `size` bytes."""
     if size < 126:
-        return struct.pack("!BB", first, size) + data
+        return struct.pack("!BB", first, size)
     if size < 1 << 16:
-        return struct.pack("!BBH", first, 126, size) + data
-    return struct.pack("!BBQ", first, 127, size) + data
+        return struct.pack("!BBH", first, 126, size)
+    return struct.pack("!BBQ", first, 127, size)

@@ -15,6 +15,7 @@ from typing import Protocol
 import msgspec
 
 from sorna_jupyter.exceptions import InvalidRequest
+from sorna_jupyter.protocol import v1_slices
 
 V1_PROTOCOL = "v1.kernel.websocket.jupyter.org"
 
@@ -91,13 +92,7 @@ class V1Framing:
         return offsets
 
     def encode(self, channel: str, parts: list[bytes]) -> bytes:
-        name = channel.encode()
-        count = len(parts) + 2
-        offset = 8 * (count + 1)
-        offsets = [offset, offset := offset + len(name)]
-        for part in parts:
-            offsets.append(offset := offset + len(part))
-        return b"".join((struct.pack(f"<{count + 1}Q", count, *offsets), name, *parts))
+        return b"".join(v1_slices(channel.encode(), parts))
 
 
 class _LegacyMessage(msgspec.Struct):

@@ -28,6 +28,7 @@ from sorna_jupyter import protocol
 from sorna_jupyter.protocol import (
     Beat,
     BeatReply,
+    Gap,
     ImageState,
     ImageStatus,
     KernelMessage,
@@ -173,7 +174,9 @@ class Line:
         self._ids = count(1)
         self._replies: dict[bytes, asyncio.Future[list[bytes]]] = {}
         self.messages: list[KernelMessage] = []
-        self.gaps: list[tuple[int, int]] = []
+        self.gaps: list[Gap] = []
+        self.begins: dict[str, int] = {}
+        """session → number of the first record that it has not acknowledged"""
         self._arrived = asyncio.Event()
         self._listener: asyncio.Task[None] | None = None
         self.read_on()
@@ -200,8 +203,12 @@ class Line:
         self.send(protocol.RPC, request_id, protocol.encode(request))
         return protocol.decode_reply(request, await asyncio.wait_for(reply, timeout))
 
-    def subscribe(self, kernel_id: str, seq: int = 0) -> None:
-        self.send(protocol.SUBSCRIBE, kernel_id.encode(), protocol.pack_seq(seq))
+    def subscribe(self, kernel_id: str, seq: int = 0, credit: int = 1 << 40) -> bytes:
+        """Returns the subscription's name."""
+        name = protocol.pack_number(next(self._ids))
+        numbers = map(protocol.pack_number, (seq, credit))
+        self.send(protocol.SUBSCRIBE, kernel_id.encode(), name, *numbers)
+        return name
 
     def client(self, kernel_id: str, session: str | None = None) -> Client:
         return Client(self, kernel_id, session or uuid4().hex)
@@ -223,11 +230,16 @@ class Line:
             frames = await self._socket.recv_multipart()
             if frames[0] == protocol.RPC:
                 self._replies.pop(frames[1]).set_result(frames[2:])
-            elif frames[0] == protocol.GAP:
-                first, last = (int.from_bytes(frame, "big") for frame in frames[2:])
-                self.gaps.append((first, last))
+            elif frames[0] == protocol.LOST:
+                first, last, size = map(protocol.read_number, frames[3:])
+                self.gaps.append(Gap(frames[2].decode(), first, last, size, ""))
+            elif frames[0] == protocol.OPEN:
+                self.begins[frames[2].decode()] = protocol.read_number(frames[3])
             else:
-                self.messages.append(KernelMessage.from_frames(frames))
+                _, _, kernel_id, first, _, *records = frames
+                for seq, record in enumerate(records, protocol.read_number(first)):
+                    item = protocol.read_record(kernel_id.decode(), seq, record)
+                    (self.gaps if isinstance(item, Gap) else self.messages).append(item)
             self._arrived.set()
 
 

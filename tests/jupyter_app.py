@@ -29,6 +29,8 @@ from sorna_jupyter.faces import jupyter
 from sorna_jupyter.kernels import Kernels
 from sorna_jupyter.live import MemoryLive
 from sorna_jupyter.protocol import (
+    Activity,
+    Batch,
     Beat,
     CreateKernel,
     ImageState,
@@ -64,10 +66,14 @@ POLICY = Policy(
 class Attached:
     """The kernel's side of one client session."""
 
-    def __init__(self, kernel_id: str, session_id: str, on_message: Any) -> None:
+    def __init__(self, kernel_id: str, session_id: str, reader: Any) -> None:
         self.kernel_id = kernel_id
         self.session_id = session_id
-        self.on_message = on_message
+        self.reader = reader
+        self.acknowledged = 0
+        self.is_paused = False
+        self.is_behind = False
+        self._next = 1
         self.sent: asyncio.Queue[tuple[str, list[bytes]]] = asyncio.Queue()
         self.is_closed = False
 
@@ -77,12 +83,30 @@ class Attached:
     def close(self) -> None:
         self.is_closed = True
 
+    def acknowledge(self, seq: int) -> None:
+        self.acknowledged = seq
+
+    def pause(self) -> None:
+        self.is_paused = True
+
+    def resume(self) -> None:
+        self.is_paused = False
+
     def emit(self, channel: str, msg_type: str, content: Any, *buffers: bytes, parent: Any = None):
         """The kernel says this."""
         header = {"msg_id": uuid.uuid4().hex, "msg_type": msg_type, "session": "kernel"}
         parts = [json.dumps(part).encode() for part in (header, parent or {}, {}, content)]
         session = "" if channel == "iopub" else self.session_id
-        self.on_message(KernelMessage(self.kernel_id, 1, session, channel, [*parts, *buffers]))
+        self.say(channel, [*parts, *buffers], session)
+
+    def say(self, channel: str, parts: list[bytes], session: str = "") -> None:
+        message = KernelMessage.of(self.kernel_id, self._next, session, channel, parts)
+        self._next += 1
+        if channel == "iopub" and b'"busy"' in parts[3]:
+            message.activity = Activity.BUSY
+        elif channel == "iopub" and b'"idle"' in parts[3]:
+            message.activity = Activity.IDLE
+        self.reader.on_batch(Batch([message]))
 
 
 class ObedientAgents:
@@ -111,8 +135,10 @@ class ObedientAgents:
     async def destroy_kernel(self, agent: Any, kernel_id: str) -> None:
         self.asked.append(("destroy", kernel_id))
 
-    def attach(self, agent: Any, kernel_id: str, session_id: str, on_message: Any) -> Attached:
-        self.attached.append(Attached(kernel_id, session_id, on_message))
+    def attach(
+        self, agent: Any, kernel_id: str, session_id: str, reader: Any, *, resumes: bool = False
+    ) -> Attached:
+        self.attached.append(Attached(kernel_id, session_id, reader))
         return self.attached[-1]
 
     def _started(self) -> KernelStarted:

@@ -20,7 +20,7 @@ from sorna_jupyter.exceptions import (
     Unavailable,
 )
 from sorna_jupyter.kernels import Kernel
-from sorna_jupyter.protocol import KernelMessage, KernelStatus, Limits
+from sorna_jupyter.protocol import Batch, KernelMessage, KernelStatus, Limits
 from sorna_jupyter.run import EOF, Execute, InputRequest, Run, RunStatus
 from sorna_jupyter.runs import Runs
 from tests.waiting import until
@@ -258,7 +258,8 @@ class PlayedKernels:
         header = {"msg_id": f"kernel-{msg_type}", "msg_type": msg_type}
         parts = [json.dumps(part).encode() for part in (header, {"msg_id": parent}, {}, content)]
         session = "" if channel == "iopub" else session_id
-        listener.on_kernel_message(KernelMessage(KERNEL_ID, 1, session, channel, parts))
+        message = KernelMessage.of(KERNEL_ID, 1, session, channel, parts)
+        listener.on_kernel_messages(Batch([message]))
 
     def is_now(self, status: KernelStatus, reason: str = "") -> None:
         self.kernel.status, self.kernel.reason = status, reason
@@ -404,9 +405,9 @@ async def test_nested_ten_thousand_deep_is_passed_over(kernels: PlayedKernels, r
     deep = b'{"data": {"application/json": ' + b"[" * 10_000 + b"]" * 10_000 + b"}}"
     header = json.dumps({"msg_type": "display_data"}).encode()
     parent = json.dumps({"msg_id": run.id}).encode()
-    message = KernelMessage(KERNEL_ID, 1, "", "iopub", [header, parent, b"{}", deep])
+    message = KernelMessage.of(KERNEL_ID, 1, "", "iopub", [header, parent, b"{}", deep])
 
-    kernels.attached[0][1].on_kernel_message(message)
+    kernels.attached[0][1].on_kernel_messages(Batch([message]))
     kernels.finish(run)
 
     assert run.status is RunStatus.OK

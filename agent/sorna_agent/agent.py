@@ -161,6 +161,7 @@ class Agent:
                 self._link.detach_kernel(kernel.id)
         for kernel_id in connected - found.keys():
             self._link.forget_kernel(kernel_id)
+        self._link.keep_kernels([kernel.id for kernel in kernels])
         self._save()
         if kernels:
             log.info("%d of %d kernels adopted", len(found), len(kernels))

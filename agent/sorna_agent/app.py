@@ -26,7 +26,7 @@ from sorna_agent.resources import find_slots
 from sorna_agent.runtimes import Runtime, choose_runtime
 from sorna_agent.server import RequestServer
 from sorna_jupyter.exceptions import AgentRefused, AlreadyRunning, SornaError
-from sorna_jupyter.protocol import Beat, DestroyKernel, host_name
+from sorna_jupyter.protocol import Beat, DestroyKernel, host_name, parse_size
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +171,12 @@ class AgentApp:
             public_key=self._identity.public_key,
             gateway_keys=tuple(options.gateway_key or [options.manager_key]),
             orphan_timeout=max(RELAY_ORPHAN_TIMEOUT, options.orphan_timeout),
+            journals=self._data_dir / "journals",
+            retention=options.retention,
+            total_retention=options.total_retention,
+            journal_memory=options.journal_memory,
+            journal_max_age=options.journal_max_age,
+            max_message=options.max_message,
             log_level=options.log_level,
         )
 
@@ -266,9 +272,25 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base-image", default=None, help="of kernel images that are built here; also"
         " $SORNA_BASE_IMAGE")  # fmt: skip
     add("--image-folder", type=Path, action="append", default=[], help="more kernel images")
+    add("--retention", type=size, default=64 << 20, help="how much of a kernel's output is kept"
+        " for who comes late or comes back (64 MiB)")  # fmt: skip
+    add("--total-retention", type=size, default=8 << 30, help="…of all kernels' (8 GiB)")
+    add("--journal-memory", type=size, default=256 << 20, help="…how much of that in memory, too"
+        " (256 MiB)")  # fmt: skip
+    add("--journal-max-age", type=float, default=7 * 86400.0, help="seconds that it is kept")
+    add("--max-message", type=size, default=1 << 30, help="the largest message that is carried"
+        " (1 GiB)")  # fmt: skip
     add("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     add("--log-file", type=Path, default=None, help="instead of stderr")
     return parser.parse_args(bind_keys(sys.argv[1:] if argv is None else argv))
+
+
+def size(text: str) -> int:
+    """Bytes, for argparse."""
+    try:
+        return parse_size(text)
+    except SornaError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
 
 
 def bind_keys(argv: list[str]) -> list[str]:

@@ -4,9 +4,10 @@ A process of its own beside the agent's, one a host: a slow Docker call never de
 the agent may crash or be upgraded without losing one. It does little: a plain poll loop over three
 sides, none of which can block it or make it drop something:
 
-* kernels (`relay_kernel`): what leaves one goes into its journal;
-* gateways (CURVE, one ROUTER on tcp and ipc): a subscriber is a number in a journal, read on as
-  fast as its connection takes it; requests pass to the agent;
+* kernels (`relay_kernel`): what leaves one goes into its journal, which is on disk before anyone
+  gets to see it;
+* gateways (CURVE, one ROUTER on tcp and ipc): a subscription is a number in a journal, read on as
+  far as its credit lasts and its connection takes it; requests pass to the agent;
 * the agent (`relay_messages`, over `rpc.sock`).
 
 Started and adopted by `relay_link`; run as `python -m sorna_agent.relay`.
@@ -20,11 +21,13 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -34,14 +37,15 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from sorna_agent import relay_messages as agent_side
-from sorna_agent.journal import RETENTION
-from sorna_agent.relay_kernel import BATCH, BATCH_BYTES, KernelSide, Socket
+from sorna_agent.journal import Journal
+from sorna_agent.relay_kernel import BATCH, Cursor, KernelSide, Socket
 from sorna_agent.relay_messages import (
     CONTROL,
     DetachKernel,
     ForgetKernel,
     Hello,
     InterruptByMessage,
+    KeepKernels,
     KernelActivity,
     KernelReady,
     OpenKernel,
@@ -51,15 +55,20 @@ from sorna_agent.relay_messages import (
 )
 from sorna_jupyter.exceptions import AgentUnreachable
 from sorna_jupyter.protocol import (
+    ACKNOWLEDGE,
     CLOSE,
-    GAP,
+    CREDIT,
+    LOST,
     MESSAGE,
     OPEN,
+    RECORD_COST,
+    RECORDS,
     RPC,
     SUBSCRIBE,
     UNSUBSCRIBE,
     encode_reply,
-    pack_seq,
+    pack_number,
+    read_number,
 )
 
 log = logging.getLogger(__name__)
@@ -71,10 +80,26 @@ ACTIVITY_PAUSE = 0.1
 SHORTEST_BACKLOG_PAUSE, LONGEST_BACKLOG_PAUSE = 0.002, 0.1
 """seconds until a gateway that takes no more is tried again; doubles while it takes nothing"""
 SWEEP_PAUSE = 1.0
+JOURNAL_SWEEP_PAUSE = 60.0
 GATEWAY_QUEUE = 500
 """messages in ZeroMQ's hands for one gateway; the rest waits in the journals, which cost nothing"""
+SEND_BYTES = 1 << 20
+"""of one kernel's records that go to one subscription before the others get their turn"""
 OUTBOX_LIMIT = 10_000
 """replies waiting for one gateway that does not read"""
+
+
+@dataclass(frozen=True)
+class JournalLimits:
+    """What is kept of the kernels' messages; sizes in bytes, age in seconds."""
+
+    retention: int
+    """a kernel"""
+    total: int
+    """of all kernels; above it, each keeps an equal share"""
+    memory: int
+    """of all kernels' newest messages, in memory"""
+    max_age: float
 
 
 class Relay:
@@ -85,19 +110,22 @@ class Relay:
         *,
         listen: str,
         directory: Path,
+        journals: Path,
         secret_key: bytes,
         public_key: bytes,
         gateway_keys: list[str],
         fingerprint: str,
         orphan_timeout: float,
-        retention: int = RETENTION,
+        limits: JournalLimits,
+        max_message: int,
     ) -> None:
         self.context: zmq.Context[Socket] = zmq.Context()
         self.context.set(zmq.MAX_SOCKETS, 65_000)
         self.started = time.time()
         self.fingerprint = fingerprint
         self.orphan_timeout = orphan_timeout
-        self.retention = retention
+        self.limits = limits
+        self.max_message = max_message
         self._poller = zmq.Poller()
         self._handlers: dict[Socket, Callable[[Socket], None]] = {}
         self._kernels: dict[bytes, KernelSide] = {}
@@ -111,6 +139,8 @@ class Relay:
         self._agent_heard = time.monotonic()
         self._is_stopping = False
         self._directory = directory
+        self._journals = journals
+        journals.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._authenticator = self._allow_only(gateway_keys)
         self._gateways = self._bind_gateways(listen, public_key, secret_key)
         self._agents = self._bind_agent()
@@ -160,6 +190,7 @@ class Relay:
 
     def run(self) -> None:
         self._sweep()
+        self._sweep_journals()
         log.info("relay listens on %s", ", ".join(self.addresses))
         while not self._is_stopping:
             for socket, _ in self._poller.poll(math.ceil(self._pause() * 1000)):
@@ -173,6 +204,7 @@ class Relay:
     def close(self) -> None:
         for kernel in self._kernels.values():
             kernel.detach()
+            kernel.journal.close()
         self._agents.close()
         self._gateways.close()
         self._authenticator.stop()
@@ -184,6 +216,7 @@ class Relay:
         """Seconds to sleep at most, if no message comes."""
         pause = max(0.0, self._timers[0][0] - time.monotonic())
         if self._with_output or self._outboxes:
+            # Something is left that a gateway did not take, or that did not fit into one round.
             return min(pause, self._backlog_pause)
         return pause
 
@@ -202,6 +235,18 @@ class Relay:
             log.warning("no agent for %g s: the relay ends", self.orphan_timeout)
             self._is_stopping = True
 
+    def _sweep_journals(self) -> None:
+        self.call_later(JOURNAL_SWEEP_PAUSE, self._sweep_journals)
+        self._share_journals()
+        for kernel in self._kernels.values():
+            kernel.journal.sweep(time.time())
+
+    def _share_journals(self) -> None:
+        """Each kernel its share of what all of them may keep together."""
+        limits, count = self.limits, max(1, len(self._kernels))
+        for kernel in self._kernels.values():
+            kernel.journal.retention = min(limits.retention, limits.total // count)
+
     # -- what `KernelSide` asks of us --------------------------------------------------------
 
     def watch(self, socket: Socket, handler: Callable[[Socket], None], events: int) -> None:
@@ -216,8 +261,7 @@ class Relay:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_ids), action))
 
     def on_output(self, kernel: KernelSide) -> None:
-        if kernel.subscribers:
-            self._with_output.add(kernel)
+        self._with_output.add(kernel)
 
     def on_activity(self, kernel: KernelSide) -> None:
         if not self._active:
@@ -267,22 +311,33 @@ class Relay:
             kernel.send(frames[2], route, frames[3], frames[4:])
         elif kind == OPEN and len(frames) == 3:
             kernel.open_session(frames[2], route)
+            unread = pack_number(kernel.unread_by(frames[2]))
+            self._reply(route, [OPEN, kernel.id, frames[2], unread])
         elif kind == CLOSE and len(frames) == 3:
             kernel.close_session(frames[2], route, time.monotonic())
-        elif kind == SUBSCRIBE and len(frames) == 3 and len(frames[2]) == 8:
-            seq = int.from_bytes(frames[2], "big")
-            # Beyond the end, as after a restart of ours: from now on.
-            kernel.subscribers[route] = min(seq or kernel.journal.next, kernel.journal.next)
+        elif kind == ACKNOWLEDGE and len(frames) == 4:
+            kernel.acknowledge(frames[2], read_number(frames[3]))
+        elif kind == SUBSCRIBE and list(map(len, frames[2:])) == [8, 8, 8]:
+            seq, credit = map(read_number, frames[3:])
+            # Beyond the end, as of a journal that is lost: from now on.
+            seq = min(seq or kernel.journal.next, kernel.journal.next)
+            kernel.cursors[route, frames[2]] = Cursor(route, frames[2], seq, credit)
             self._with_output.add(kernel)
-        elif kind == UNSUBSCRIBE and len(frames) == 2:
-            kernel.subscribers.pop(route, None)
+        elif kind == CREDIT and list(map(len, frames[2:])) == [8, 8]:
+            if cursor := kernel.cursors.get((route, frames[2])):
+                cursor.credit += read_number(frames[3])
+                self._with_output.add(kernel)
+        elif kind == UNSUBSCRIBE and len(frames) == 3:
+            kernel.cursors.pop((route, frames[2]), None)
         else:
             log.warning("not understood from a gateway: %r with %d frames", kind[:8], len(frames))
 
     def _send_output(self) -> None:
-        """Send on where each subscriber stands, as far as its connection takes it."""
+        """Send on from where each subscription stands, as far as credit and connection go."""
         if not self._with_output and not self._outboxes:
             return
+        for kernel in self._with_output:
+            kernel.journal.flush()  # so that no number is ever given twice
         full: set[bytes] = set()
         sent = 0
         for route, outbox in list(self._outboxes.items()):
@@ -292,33 +347,43 @@ class Relay:
             if not outbox:
                 self._outboxes.pop(route, None)
         for kernel in list(self._with_output):
-            for route in list(kernel.subscribers):
-                sent += self._send_journal(kernel, route, full)
-            end = kernel.journal.next
-            if all(seq == end for seq in kernel.subscribers.values()):
+            has_more = False
+            for cursor in list(kernel.cursors.values()):
+                if cursor.route in self._outboxes:
+                    has_more = True  # answers first: they say where a session begins
+                    continue
+                sent += self._send_records(kernel, cursor, full)
+                has_more |= cursor.is_new or (
+                    cursor.seq < kernel.journal.next and cursor.credit > 0
+                )
+            if not has_more:
                 self._with_output.discard(kernel)
         pause = max(SHORTEST_BACKLOG_PAUSE, self._backlog_pause * 2)
         self._backlog_pause = 0.0 if sent else min(pause, LONGEST_BACKLOG_PAUSE)
 
-    def _send_journal(self, kernel: KernelSide, route: bytes, full: set[bytes]) -> int:
-        """Returns how many messages went."""
+    def _send_records(self, kernel: KernelSide, cursor: Cursor, full: set[bytes]) -> int:
+        """Returns how many messages went to the gateway."""
         journal = kernel.journal
-        start = kernel.subscribers[route]
-        if start < journal.first:
-            gap = [GAP, kernel.id, pack_seq(start), pack_seq(journal.first - 1)]
-            if not self._send_to_gateway(route, gap, full):
+        if cursor.seq < journal.first:
+            _, size = journal.dropped(cursor.seq)
+            numbers = map(pack_number, (cursor.seq, journal.first - 1, size))
+            if not self._send_to_gateway(
+                cursor.route, [LOST, cursor.id, kernel.id, *numbers], full
+            ):
                 return 0
-            start = journal.first
-        seq, end, size = start, min(journal.next, start + BATCH), 0
-        while seq < end and size < BATCH_BYTES:
-            entry = journal.read(seq)
-            if not self._send_to_gateway(route, entry, full):
-                break
-            seq += 1
-            size += sum(map(len, entry))
-        if route in kernel.subscribers:  # it is not, if it turned out to be gone
-            kernel.subscribers[route] = seq
-        return seq - start
+            cursor.seq = journal.first
+        records: list[bytes] = []
+        if cursor.seq < journal.next and cursor.credit > 0:
+            records = journal.read_from(cursor.seq, min(SEND_BYTES, cursor.credit))
+        elif not cursor.is_new:
+            return 0
+        head = [RECORDS, cursor.id, kernel.id, pack_number(cursor.seq), pack_number(journal.next)]
+        if not self._send_to_gateway(cursor.route, [*head, *records], full):
+            return 0
+        cursor.is_new = False
+        cursor.seq += len(records)
+        cursor.credit -= sum(map(len, records)) + RECORD_COST * len(records)
+        return 1
 
     def _send_to_gateway(self, route: bytes, frames: list[bytes], full: set[bytes]) -> bool:
         """Whether it took the frames. One that is full is not tried again in this round; one that
@@ -409,6 +474,8 @@ class Relay:
                 self._open_kernel(message)
             case DetachKernel() | InterruptByMessage() | ForgetKernel():
                 self._obey_for_kernel(message)
+            case KeepKernels():
+                self._forget_all_but(message.kernel_ids)
             case StopRelay():
                 self._is_stopping = True
 
@@ -424,8 +491,9 @@ class Relay:
     def _open_kernel(self, message: OpenKernel) -> None:
         kernel_id = message.kernel_id.encode()
         kernel = self._kernels.get(kernel_id)
+        was_unknown = kernel is None
         if kernel is None:
-            kernel = self._kernels[kernel_id] = KernelSide(self, kernel_id, self.retention)
+            kernel = self._add_kernel(kernel_id, is_running=not message.ask_ready)
         kernel.connect(
             message.address,
             message.key,
@@ -433,6 +501,33 @@ class Relay:
             message.ask_ready,
             message.execution_state,
         )
+        if was_unknown and not message.ask_ready:
+            kernel.note_loss(
+                "the agent's relay was restarted; output of that moment may be missing"
+            )
+
+    def _add_kernel(self, kernel_id: bytes, *, is_running: bool) -> KernelSide:
+        # Of a kernel that runs, others know numbers already: if its journal is lost, ours must be
+        # higher than any of those.
+        first = int(time.time() * 1e6) if is_running else 1
+        journal = Journal(
+            self._journals / kernel_id.decode(),
+            retention=self.limits.retention,
+            max_age=self.limits.max_age,
+            first=first,
+        )
+        kernel = KernelSide(self, kernel_id, journal, self.max_message)
+        self._kernels[kernel_id] = kernel
+        self._share_journals()
+        return kernel
+
+    def _forget_all_but(self, kernel_ids: list[str]) -> None:
+        """Journals of kernels that ended while neither agent nor relay were there."""
+        kept = {*kernel_ids, *map(str, self._kernels.values())}
+        for directory in self._journals.iterdir():
+            if directory.name not in kept:
+                log.info("the journal of kernel %s goes: nobody has that kernel", directory.name)
+                shutil.rmtree(directory)
 
     def _obey_for_kernel(self, message: DetachKernel | InterruptByMessage | ForgetKernel) -> None:
         kernel = self._kernels.get(message.kernel_id.encode())
@@ -446,6 +541,7 @@ class Relay:
             case ForgetKernel():
                 kernel.detach()
                 self._send_output()
+                kernel.journal.remove()
                 del self._kernels[kernel.id]
                 self._with_output.discard(kernel)
                 self._active.discard(kernel)
@@ -467,7 +563,12 @@ def main() -> None:
     parser.add_argument("--gateway-key", action="append", required=True, help="may connect (Z85)")
     parser.add_argument("--fingerprint", default="")
     parser.add_argument("--orphan-timeout", type=float, default=600.0)
-    parser.add_argument("--retention", type=int, default=RETENTION, help="bytes kept a kernel")
+    parser.add_argument("--journals", required=True, type=Path, help="directory of the journals")
+    parser.add_argument("--retention", required=True, type=int, help="bytes kept a kernel")
+    parser.add_argument("--total-retention", required=True, type=int, help="bytes of all kernels")
+    parser.add_argument("--journal-memory", required=True, type=int, help="of these, in memory")
+    parser.add_argument("--journal-max-age", required=True, type=float, help="seconds")
+    parser.add_argument("--max-message", required=True, type=int, help="bytes")
     parser.add_argument("--log-level", default="INFO")
     arguments = parser.parse_args()
 
@@ -493,7 +594,14 @@ def main() -> None:
         gateway_keys=arguments.gateway_key,
         fingerprint=arguments.fingerprint,
         orphan_timeout=arguments.orphan_timeout,
-        retention=arguments.retention,
+        journals=arguments.journals,
+        limits=JournalLimits(
+            retention=arguments.retention,
+            total=arguments.total_retention,
+            memory=arguments.journal_memory,
+            max_age=arguments.journal_max_age,
+        ),
+        max_message=arguments.max_message,
     )
     try:
         relay.run()

@@ -12,6 +12,7 @@ import hmac
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,10 +22,13 @@ import zmq
 
 from sorna_agent.journal import Journal
 from sorna_jupyter.protocol import (
-    MESSAGE,
+    CHANNELS,
     UNTRACKED,
+    Activity,
+    LossNote,
     make_message,
-    pack_seq,
+    pack_note,
+    pack_record,
     read_header,
     read_status,
 )
@@ -34,12 +38,15 @@ log = logging.getLogger(__name__)
 Socket = zmq.Socket[bytes]
 
 DELIMITER = b"<IDS|MSG>"
-PORTS = {b"shell": 1, b"iopub": 2, b"stdin": 3, b"control": 4}
-CLIENT_CHANNELS = (b"shell", b"control", b"stdin")
+IOPUB, SHELL, CONTROL, STDIN = range(len(CHANNELS))
+PORTS = {SHELL: 1, IOPUB: 2, STDIN: 3, CONTROL: 4}
+CLIENT_CHANNELS = {b"shell": SHELL, b"control": CONTROL, b"stdin": STDIN}
 BATCH = 200
 """messages taken from one socket before the others get their turn"""
 BATCH_BYTES = 4 << 20
 """…or bytes, whichever is reached first"""
+MAX_SESSIONS = 1000
+"""client sessions whose place in the journal is remembered, a kernel; the oldest go first"""
 CLOSE_GRACE = 10.0
 """seconds that a closed session's sockets stay, and as long as the kernel is busy: replies that are
 under way still reach the journal, and a client that comes right back finds them"""
@@ -52,7 +59,7 @@ STDIN_GRACE = 5.0
 ENOUGH_REPLIES = 4
 """kernel_info replies after which a kernel counts as ready though it never sent on iopub"""
 
-EXECUTION_STATES = frozenset(("starting", "idle", "busy"))
+STATES = {"starting": Activity.STARTING, "idle": Activity.IDLE, "busy": Activity.BUSY}
 """Jupyter's. Beats carry them, so a kernel must not make up its own, of any length."""
 
 PROBE_SESSION = f"sorna-relay-{secrets.token_hex(8)}"
@@ -96,10 +103,23 @@ class Session:
     """One client of this kernel, and the gateways that hold it open."""
 
     owners: set[bytes] = field(default_factory=set)
-    sockets: dict[bytes, Socket] = field(default_factory=dict)
+    sockets: dict[int, Socket] = field(default_factory=dict)
+    """by channel"""
     close_at: float | None = None
-    waiting: list[tuple[bytes, list[bytes]]] | None = None
+    waiting: list[tuple[int, list[bytes]]] | None = None
     """channel and frames of what is sent once stdin is connected; None: it is"""
+
+
+@dataclass(slots=True, eq=False)
+class Cursor:
+    """A gateway's subscription: what it gets next, and how many bytes it has room for."""
+
+    route: bytes
+    id: bytes
+    seq: int
+    credit: int
+    is_new: bool = True
+    """has not been told anything yet"""
 
 
 class _Probe:
@@ -117,19 +137,25 @@ class _Probe:
 class KernelSide:
     """One kernel: connected or (between processes, or dead) detached; its journal stays."""
 
-    def __init__(self, watcher: Watcher, kernel_id: bytes, retention: int) -> None:
+    def __init__(
+        self, watcher: Watcher, kernel_id: bytes, journal: Journal, max_message: int
+    ) -> None:
         self.id = kernel_id
-        self.journal = Journal(retention)
-        self.subscribers: dict[bytes, int] = {}
-        """gateway's route → number of the next message that it gets"""
+        self.journal = journal
+        self.cursors: dict[tuple[bytes, bytes], Cursor] = {}
+        """by route and subscription"""
         self.execution_state = "starting"
         self.last_activity = time.time()
         self._watcher = watcher
+        self._max_message = max_message
         self._address: str | None = None
         self._signer = Signer("")
         self._iopub: Socket | None = None
         self._sessions: dict[bytes, Session] = {}
+        self._read_by: OrderedDict[bytes, int] = OrderedDict()
+        """session → number of the first record that its client has not acknowledged"""
         self._probe: _Probe | None = None
+        self._is_active = False
 
     @property
     def is_connected(self) -> bool:
@@ -145,14 +171,12 @@ class KernelSide:
         self._address = address
         self._signer = Signer(key)
         self.execution_state = execution_state
-        self._iopub = self._connect(zmq.SUB, b"iopub")
-        self._watcher.watch(
-            self._iopub, lambda socket: self._drain(socket, b"", b"iopub"), zmq.POLLIN
-        )
+        self._iopub = self._connect(zmq.SUB, IOPUB)
+        self._watcher.watch(self._iopub, lambda socket: self._drain(socket, b"", IOPUB), zmq.POLLIN)
         for session_id, session in self._sessions.items():
             self._connect_session(session_id, session)
         if ask_ready:
-            socket = self._connect(zmq.DEALER, b"shell", IMMEDIATE=1)
+            socket = self._connect(zmq.DEALER, SHELL, IMMEDIATE=1)
             self._probe = _Probe(opening, socket)
             # IMMEDIATE: writable is it only once the kernel is there.
             self._watcher.watch(socket, self._ask, zmq.POLLOUT)
@@ -170,7 +194,7 @@ class KernelSide:
     def detach(self) -> None:
         """Read what the process still sent, then close its sockets."""
         if self._iopub is not None:
-            self._drain(self._iopub, b"", b"iopub", limit=None)
+            self._drain(self._iopub, b"", IOPUB, limit=None)
         for session_id, session in list(self._sessions.items()):
             for channel, socket in session.sockets.items():
                 self._drain(socket, session_id, channel, limit=None)
@@ -181,9 +205,7 @@ class KernelSide:
             self._iopub = None
         self._address = None
 
-    def _connect(
-        self, kind: int, channel: bytes, routing_id: bytes = b"", **options: int
-    ) -> Socket:
+    def _connect(self, kind: int, channel: int, routing_id: bytes = b"", **options: int) -> Socket:
         socket = self._watcher.context.socket(kind)
         socket.linger = 0
         socket.reconnect_ivl = 15  # constant: a kernel that starts is found at once
@@ -220,8 +242,23 @@ class KernelSide:
             if not session.owners and session.close_at is None:
                 session.close_at = now + CLOSE_GRACE
 
+    def unread_by(self, session_id: bytes) -> int:
+        """Number of the first record that this client has not acknowledged; for one that was never
+        here, of the next that will be written."""
+        seq = self._read_by.setdefault(session_id, self.journal.next)
+        self._read_by.move_to_end(session_id)
+        if len(self._read_by) > MAX_SESSIONS:
+            self._read_by.popitem(last=False)
+        return seq
+
+    def acknowledge(self, session_id: bytes, seq: int) -> None:
+        if session_id in self._read_by:
+            known = self._read_by[session_id]
+            self._read_by[session_id] = max(known, min(seq + 1, self.journal.next))
+
     def forget_gateway(self, route: bytes, now: float) -> None:
-        self.subscribers.pop(route, None)
+        for key in [key for key in self.cursors if key[0] == route]:
+            del self.cursors[key]
         for session_id in list(self._sessions):
             self.close_session(session_id, route, now)
 
@@ -236,18 +273,18 @@ class KernelSide:
         # Replies on stdin are routed by the id that shell has, so all share it; otherwise
         # input() never returns.
         routing_id = as_routing_id(session_id)
-        for channel in CLIENT_CHANNELS:
+        for channel in CLIENT_CHANNELS.values():
             # IMMEDIATE: stdin is writable only once it is connected.
             socket = self._connect(
-                zmq.DEALER, channel, routing_id, SNDHWM=10_000, IMMEDIATE=channel == b"stdin"
+                zmq.DEALER, channel, routing_id, SNDHWM=10_000, IMMEDIATE=channel == STDIN
             )
             session.sockets[channel] = socket
 
-            def drain(socket: Socket, channel: bytes = channel) -> None:
+            def drain(socket: Socket, channel: int = channel) -> None:
                 self._drain(socket, session_id, channel)
 
             self._watcher.watch(socket, drain, zmq.POLLIN)
-            if channel == b"stdin":
+            if channel == STDIN:
                 self._wait_for_stdin(session, socket, drain)
 
     def _wait_for_stdin(
@@ -261,7 +298,7 @@ class KernelSide:
         session.waiting = []
 
         def send_waiting(_: Socket) -> None:
-            if session.sockets.get(b"stdin") is not stdin or session.waiting is None:
+            if session.sockets.get(STDIN) is not stdin or session.waiting is None:
                 return  # another process of the kernel by now, or already done
             self._watcher.watch(stdin, drain, zmq.POLLIN)
             waiting, session.waiting = session.waiting, None
@@ -279,8 +316,12 @@ class KernelSide:
 
     # -- to the kernel -----------------------------------------------------------------------
 
-    def send(self, session_id: bytes, owner: bytes, channel: bytes, parts: list[bytes]) -> None:
+    def send(self, session_id: bytes, owner: bytes, name: bytes, parts: list[bytes]) -> None:
         """Sign and send; a session that is not open gets opened."""
+        channel = CLIENT_CHANNELS.get(name)
+        if channel is None:
+            log.warning("kernel %s: no messages can be sent on %r: it is lost", self, name[:20])
+            return
         session = self._sessions.get(session_id)
         if session is None or owner not in session.owners:
             session = self.open_session(session_id, owner)
@@ -290,22 +331,26 @@ class KernelSide:
         else:
             self._send_frames(session, channel, frames)
 
-    def _send_frames(self, session: Session, channel: bytes, frames: list[bytes]) -> None:
+    def _send_frames(self, session: Session, channel: int, frames: list[bytes]) -> None:
         socket = session.sockets.get(channel)
         if socket is None:
-            log.warning("kernel %s: no socket for a message on %r: it is lost", self, channel[:20])
+            log.warning(
+                "kernel %s: no socket for a message on %s: it is lost", self, CHANNELS[channel]
+            )
             return
         try:
             socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             log.warning(
-                "kernel %s: has not read for long, a message on %r is lost", self, channel[:20]
+                "kernel %s: has not read for long, a message on %s is lost",
+                self,
+                CHANNELS[channel],
             )
 
     def interrupt(self) -> None:
         if not self.is_connected:
             return
-        socket = self._connect(zmq.DEALER, b"control", LINGER=2000)
+        socket = self._connect(zmq.DEALER, CONTROL, LINGER=2000)
         socket.send_multipart(self._own_request("interrupt_request"))
         socket.close()  # lingers until it is sent
 
@@ -330,12 +375,12 @@ class KernelSide:
         probe.pause = min(probe.pause * 2, LAST_RESEND)
 
     def _drain_probe(self, socket: Socket) -> None:
-        self._drain(socket, b"", b"shell")
+        self._drain(socket, b"", SHELL)
 
-    def _take_own(self, channel: bytes, parts: list[bytes]) -> None:
+    def _take_own(self, channel: int, parts: list[bytes]) -> None:
         """Something that answers the relay's own request."""
         probe = self._probe
-        if probe is None or channel != b"shell" or b'"kernel_info_reply"' not in parts[0]:
+        if probe is None or channel != SHELL or b'"kernel_info_reply"' not in parts[0]:
             return
         probe.replies += 1
         if probe.heard_iopub or probe.replies >= ENOUGH_REPLIES:
@@ -352,8 +397,13 @@ class KernelSide:
 
     # -- from the kernel ---------------------------------------------------------------------
 
+    def note_loss(self, reason: str) -> None:
+        """Where nobody listened: whoever reads the journal learns that something may miss here."""
+        self.journal.append(pack_note(LossNote(reason=reason)))
+        self._watcher.on_output(self)
+
     def _drain(
-        self, socket: Socket, session_id: bytes, channel: bytes, limit: int | None = BATCH
+        self, socket: Socket, session_id: bytes, channel: int, limit: int | None = BATCH
     ) -> None:
         taken = size = 0
         while (limit is None or (taken < limit and size < BATCH_BYTES)) and not socket.closed:
@@ -362,60 +412,81 @@ class KernelSide:
             except zmq.Again:
                 break
             taken += 1
-            size += sum(map(len, frames))
             try:
-                self._take(session_id, channel, frames)
+                size += self._take(session_id, channel, frames)
             except Exception as error:  # whatever one kernel sends, the others go on
-                log.warning("kernel %s: bad message on %r: %s", self, channel, error)
+                log.warning("kernel %s: bad message on %s: %s", self, CHANNELS[channel], error)
+        if self._is_active:
+            self._is_active = False
+            self.last_activity = time.time()
+            self._watcher.on_activity(self)
         if taken:
             self._watcher.on_output(self)
 
-    def _take(self, session_id: bytes, channel: bytes, frames: list[bytes]) -> None:
-        at = frames.index(DELIMITER)
-        signature, parts = frames[at + 1], frames[at + 2 :]
+    def _take(self, session_id: bytes, channel: int, frames: list[bytes]) -> int:
+        """Returns the record's size."""
+        # iopub's topic or a ROUTER's identities stand before it, and only few of them.
+        begin = frames.index(DELIMITER) + 2
+        signature, parts = frames[begin - 1], frames[begin:]
         if len(parts) < 4:
             raise ValueError("too few frames")
         if not self._signer.verify(parts, signature):
             raise ValueError("wrong signature")
-        if channel == b"iopub" and self._probe is not None:
+        if channel == IOPUB and self._probe is not None:
             self._probe.heard_iopub = True
         if _PROBE_MARK in parts[1]:
             self._take_own(channel, parts)
-            return
-        if channel == b"iopub":
+            return 0
+        activity = Activity.NOTHING
+        if channel == IOPUB:
             if b'"iopub_welcome"' in parts[0]:
-                return
-            self._track_activity(parts)
-        entry = [MESSAGE, self.id, b"", session_id, channel, *parts]
-        entry[2] = pack_seq(self.journal.append(entry))
+                return 0
+            activity = self._activity_of(parts)
+            if activity:
+                self._is_active = True
+        if (size := sum(map(len, parts))) > self._max_message:
+            parts = self._too_large(channel, parts, size)
+        record = pack_record(channel, activity, session_id, parts)
+        self.journal.append(record)
+        return len(record)
 
-    def _track_activity(self, parts: list[bytes]) -> None:
+    def _too_large(self, channel: int, parts: list[bytes], size: int) -> list[bytes]:
+        """What stands in its place: a line on stderr, or an error to whoever waits for a reply."""
+        text = (
+            f"[A message of {size / 2**20:,.1f} MiB was left out: this server carries no more "
+            f"than {self._max_message / 2**20:,.0f} MiB in one message]\n"
+        )
+        log.warning("kernel %s: %s", self, text.strip("[]\n"))
+        if channel == IOPUB:
+            content: dict[str, Any] = {"name": "stderr", "text": text}
+            return make_message("stream", content, parent=parts[1])
+        content = {"status": "error", "ename": "MessageTooLarge", "evalue": text, "traceback": []}
+        return [*parts[:3], msgspec.json.encode(content)]
+
+    def _activity_of(self, parts: list[bytes]) -> Activity:
         """As jupyter_server's `record_activity`, decoding only where it can matter."""
-        is_status = b'"status"' in parts[0]
-        if not is_status and self.execution_state == "busy":
-            self._mark_active()
-            return
+        if self.execution_state == "busy" and b'"status"' not in parts[0]:
+            return Activity.ACTIVE
         msg_type = read_header(parts[0]).msg_type
-        parent_type = read_header(parts[1]).msg_type
-        parent_is_tracked = parent_type not in UNTRACKED
-        if msg_type not in UNTRACKED or parent_is_tracked or self.execution_state == "busy":
-            self._mark_active()
-        if msg_type != "status":
-            return
-        state = read_status(parts[3]).execution_state
-        if not parent_is_tracked:
-            if self.execution_state != "starting" or state == "starting":
-                return
-            state = "idle"
-        if state == "starting" and self._probe is None:
-            return  # it has answered already: its shell was faster than its iopub
-        if state in EXECUTION_STATES and state != self.execution_state:
-            self.execution_state = state
-            self._watcher.on_activity(self)
+        parent_is_tracked = read_header(parts[1]).msg_type not in UNTRACKED
+        if msg_type == "status":
+            state = read_status(parts[3]).execution_state
+            if not parent_is_tracked:
+                if self.execution_state != "starting" or state == "starting":
+                    return self._ongoing()
+                state = "idle"
+            if state == "starting" and self._probe is None:
+                return Activity.ACTIVE  # it answered already: its shell was faster than its iopub
+            if state in STATES and state != self.execution_state:
+                self.execution_state = state
+                return STATES[state]
+            return Activity.ACTIVE
+        if parent_is_tracked or msg_type not in UNTRACKED:
+            return Activity.ACTIVE
+        return Activity.NOTHING
 
-    def _mark_active(self) -> None:
-        self.last_activity = time.time()
-        self._watcher.on_activity(self)
+    def _ongoing(self) -> Activity:
+        return Activity.ACTIVE if self.execution_state == "busy" else Activity.NOTHING
 
     def __str__(self) -> str:
         return self.id.decode(errors="replace")

@@ -32,6 +32,7 @@ from sorna_agent.relay_messages import (
     ForgetKernel,
     Hello,
     InterruptByMessage,
+    KeepKernels,
     KernelActivity,
     KernelReady,
     OpenKernel,
@@ -71,11 +72,33 @@ class RelaySettings:
     public_key: str
     gateway_keys: tuple[str, ...]
     orphan_timeout: float
+    journals: Path
+    retention: int = 64 << 20
+    """bytes of a kernel's messages that are kept"""
+    total_retention: int = 8 << 30
+    """bytes of all kernels' messages that are kept"""
+    journal_memory: int = 256 << 20
+    """bytes of them that are in memory, too"""
+    journal_max_age: float = 7 * 86400.0
+    """seconds that messages are kept"""
+    max_message: int = 1 << 30
+    """bytes of the largest message that is carried"""
     log_level: str = "INFO"
 
     @property
     def fingerprint(self) -> str:
-        facts = (relay_messages.VERSION, self.listen, self.public_key, sorted(self.gateway_keys))
+        facts = (
+            relay_messages.VERSION,
+            self.listen,
+            self.public_key,
+            sorted(self.gateway_keys),
+            str(self.journals),
+            self.retention,
+            self.total_retention,
+            self.journal_memory,
+            self.journal_max_age,
+            self.max_message,
+        )
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
@@ -93,6 +116,12 @@ class RelaySettings:
             *keys,
             *("--fingerprint", self.fingerprint),
             *("--orphan-timeout", f"{self.orphan_timeout:g}"),
+            *("--journals", str(self.journals)),
+            *("--retention", str(self.retention)),
+            *("--total-retention", str(self.total_retention)),
+            *("--journal-memory", str(self.journal_memory)),
+            *("--journal-max-age", f"{self.journal_max_age:g}"),
+            *("--max-message", str(self.max_message)),
             *("--log-level", self.log_level),
         ]
 
@@ -272,6 +301,10 @@ class RelayLink:
 
     def forget_kernel(self, kernel_id: str) -> None:
         self._tell(ForgetKernel(kernel_id=kernel_id))
+
+    def keep_kernels(self, kernel_ids: list[str]) -> None:
+        """What the relay still keeps of any other goes."""
+        self._tell(KeepKernels(kernel_ids=kernel_ids))
 
     def interrupt_kernel(self, kernel_id: str) -> None:
         self._tell(InterruptByMessage(kernel_id=kernel_id))

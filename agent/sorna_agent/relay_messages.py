@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 """A relay outlives its agent: raised when a newer agent could not adopt an older relay."""
 
 RPC = b"R"
@@ -55,6 +55,12 @@ class ForgetKernel(RelayMessage, frozen=True, kw_only=True):
     kernel_id: str
 
 
+class KeepKernels(RelayMessage, frozen=True, kw_only=True):
+    """Agent → relay: these are all that there are; what was kept of any other goes."""
+
+    kernel_ids: list[str]
+
+
 class InterruptByMessage(RelayMessage, frozen=True, kw_only=True):
     kernel_id: str
 
@@ -94,7 +100,9 @@ class KernelActivity(RelayMessage, frozen=True, kw_only=True):
     """of the last message that these already tell of"""
 
 
-ToRelay = Hello | OpenKernel | DetachKernel | ForgetKernel | InterruptByMessage | StopRelay
+ToRelay = (
+    Hello | OpenKernel | DetachKernel | ForgetKernel | KeepKernels | InterruptByMessage | StopRelay
+)
 ToAgent = RelayHello | KernelReady | KernelActivity
 
 _encoder = msgspec.msgpack.Encoder()

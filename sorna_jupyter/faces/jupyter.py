@@ -167,6 +167,10 @@ class KernelChannelsHandler(KernelWebsocketHandler):
             protocol.params.ping_timeout = None
         return protocol
 
+    def on_pong(self, data: bytes) -> None:
+        if self.connection is not None:
+            self.connection.on_pong(data)
+
     def on_close(self) -> None:
         # A handshake that failed half-way has no connection.
         if self.connection is not None:

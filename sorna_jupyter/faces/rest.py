@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -19,7 +20,17 @@ from sorna_jupyter import __version__
 from sorna_jupyter.bodies import kernel_env
 from sorna_jupyter.exceptions import InvalidRequest, RunNotFound
 from sorna_jupyter.http import KERNEL_ID, SornaAPIHandler
-from sorna_jupyter.openapi import Complete, Input, Inspect, IsComplete, OneShot, document
+from sorna_jupyter.openapi import (
+    Complete,
+    GapModel,
+    Input,
+    Inspect,
+    IsComplete,
+    JournalGap,
+    OneShot,
+    document,
+)
+from sorna_jupyter.protocol import Gap, KernelMessage
 from sorna_jupyter.run import Execute, LoggedEvent, Run
 
 AUTH_RESOURCE = "kernels"
@@ -28,11 +39,8 @@ RUN_ID = r"(?P<run_id>[\w-]+)"
 JSON, NDJSON, SSE = "application/json", "application/x-ndjson", "text/event-stream"
 
 
-# -- runs ------------------------------------------------------------------------------------
-
-
-class RunHandler(SornaAPIHandler):
-    """Base of the routes that answer with a run."""
+class StreamHandler(SornaAPIHandler):
+    """Base of the routes whose answer may go on for long."""
 
     auth_resource = AUTH_RESOURCE
 
@@ -40,17 +48,62 @@ class RunHandler(SornaAPIHandler):
         super().initialize(**kwargs)
         self._closed = asyncio.Event()
 
-    async def prepare(self) -> None:  # type: ignore[override]  # as jupyter_server's own
-        """What the request's headers ask for is known before anything is done for it."""
-        await super().prepare()
-        self._kind = self._accepted()
-        self._from = self._first_event()
-        prefer = self.request.headers.get("Prefer", "")
-        self.prefers_async, self.wait = _preference(prefer)
-
     def on_connection_close(self) -> None:
         super().on_connection_close()
         self._closed.set()
+
+    def accepted(self, default: str) -> str:
+        """The first of ours in `Accept`; what it says of quality does not matter here."""
+        for item in self.request.headers.get("Accept", default).split(","):
+            kind = item.partition(";")[0].strip().lower()
+            if kind in (JSON, NDJSON, SSE):
+                return kind
+            if kind in ("*/*", "application/*", "application/jsonl"):
+                return NDJSON if kind == "application/jsonl" else default
+        raise web.HTTPError(406, f"This can be had as {JSON}, {NDJSON} or {SSE}")
+
+    def begin_stream(self, kind: str) -> None:
+        self.set_header("Content-Type", kind)
+        self.set_header("Cache-Control", "no-store, no-transform")
+        self.set_header("X-Accel-Buffering", "no")  # nginx would hold it back
+
+    def number(self, name: str) -> int | None:
+        """`?name=` a number, or what comes after the last event that an `EventSource` has seen."""
+        number = self.get_query_argument(name, "")
+        if not number and (last := self.request.headers.get("Last-Event-ID", "")):
+            number = str(int(last) + 1) if last.isdecimal() else last
+        if not number:
+            return None
+        if not number.isdecimal() or len(number) > 16:
+            raise InvalidRequest(f"{name}: not a number: {number!r}")
+        return int(number)
+
+    async def until_closed(self, coroutine: Any, timeout: float | None) -> None:
+        """Wait for it, but not for a client that has gone."""
+        task = asyncio.ensure_future(coroutine)
+        closed = asyncio.ensure_future(self._closed.wait())
+        try:
+            await asyncio.wait({task, closed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+        finally:
+            task.cancel()
+            closed.cancel()
+
+
+# -- runs ------------------------------------------------------------------------------------
+
+
+class RunHandler(StreamHandler):
+    """Base of the routes that answer with a run."""
+
+    async def prepare(self) -> None:  # type: ignore[override]  # as jupyter_server's own
+        """What the request's headers ask for is known before anything is done for it."""
+        await super().prepare()
+        self._kind = self.accepted(JSON)
+        self._from = self.number("from") or 0
+        prefer = self.request.headers.get("Prefer", "")
+        self.prefers_async, self.wait = _preference(prefer)
 
     def own_run(self, run_id: str, kernel_id: str | None = None) -> Run:
         """Runs outlive their kernels and what is known of those, so the owner is compared here."""
@@ -64,7 +117,7 @@ class RunHandler(SornaAPIHandler):
         self.set_header("Content-Location", location)
         if self.prefers_async:
             self.set_header("Preference-Applied", "respond-async")
-            await self._until_closed(run.settled(), self.wait or 0)
+            await self.until_closed(run.settled(), self.wait or 0)
             if not run.is_over:
                 self.set_header("Location", location)
                 self.write_json(run.result(), 202)
@@ -74,28 +127,16 @@ class RunHandler(SornaAPIHandler):
     async def answer(self, run: Run, wait: float | None) -> None:
         """`wait`: seconds for the run to be over or to ask for input; None: as long as it takes."""
         if self._kind == JSON:
-            await self._until_closed(run.settled(), wait)
+            await self.until_closed(run.settled(), wait)
             if not self._closed.is_set():
                 self.write_json(run.result())
         else:
-            await self._until_closed(self._stream(run, self._kind), None)
-
-    def _accepted(self) -> str:
-        """The first of ours in `Accept`; what it says of quality does not matter here."""
-        for item in self.request.headers.get("Accept", JSON).split(","):
-            kind = item.partition(";")[0].strip().lower()
-            if kind in (JSON, NDJSON, SSE):
-                return kind
-            if kind in ("*/*", "application/*", "application/jsonl"):
-                return NDJSON if kind == "application/jsonl" else JSON
-        raise web.HTTPError(406, f"This can be had as {JSON}, {NDJSON} or {SSE}")
+            await self.until_closed(self._stream(run, self._kind), None)
 
     async def _stream(self, run: Run, kind: str) -> None:
         encode = _as_sse if kind == SSE else _as_line
         quiet = b": quiet\n\n" if kind == SSE else b"\n"
-        self.set_header("Content-Type", kind)
-        self.set_header("Cache-Control", "no-store, no-transform")
-        self.set_header("X-Accel-Buffering", "no")  # nginx would hold it back
+        self.begin_stream(kind)
         try:
             async for events in run.follow(self._from):
                 self.write(b"".join(map(encode, events)) or quiet)
@@ -103,29 +144,6 @@ class RunHandler(SornaAPIHandler):
         except StreamClosedError:
             return  # the run goes on; whoever wants more of it comes back with `from`
         self.finish(set_content_type=kind)
-
-    def _first_event(self) -> int:
-        """`?from=` a number, or after what an `EventSource` that reconnects has seen."""
-        number = self.get_query_argument("from", "")
-        if not number and (last := self.request.headers.get("Last-Event-ID", "")):
-            number = str(int(last) + 1) if last.isdecimal() else last
-        if not number:
-            return 0
-        if not number.isdecimal() or len(number) > 15:
-            raise InvalidRequest(f"from: not the number of an event: {number!r}")
-        return int(number)
-
-    async def _until_closed(self, coroutine: Any, timeout: float | None) -> None:
-        """Wait for it, but not for a client that has gone."""
-        task = asyncio.ensure_future(coroutine)
-        closed = asyncio.ensure_future(self._closed.wait())
-        try:
-            await asyncio.wait({task, closed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
-        finally:
-            task.cancel()
-            closed.cancel()
 
 
 class ExecuteHandler(RunHandler):
@@ -199,6 +217,40 @@ class OwnInputHandler(RunHandler):
         self.finish()
 
 
+# -- messages ----------------------------------------------------------------------------------
+
+
+class MessagesHandler(StreamHandler):
+    """What left the kernel, as its journal has it: on every channel, for every client."""
+
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_id: str) -> None:
+        kind = self.accepted(NDJSON)
+        if kind == JSON:
+            raise web.HTTPError(406, f"This can be had as {NDJSON} or {SSE}")
+        follow = self.get_query_argument("follow", "0").lower() in ("1", "true", "yes", "")
+        messages = self.kernels.messages(kernel_id, self.number("since") or 1, follow=follow)
+        try:
+            await self.until_closed(self._stream(messages, kind), None)
+        finally:
+            await messages.aclose()
+
+    async def _stream(self, messages: AsyncIterator[KernelMessage | Gap], kind: str) -> None:
+        encode = _message_as_sse if kind == SSE else _message_as_line
+        try:
+            async for item in messages:
+                if not self._headers_written:
+                    self.begin_stream(kind)
+                self.write(encode(item))
+                # Waits until the client takes it; so much and no more is in memory.
+                await self.flush()
+        except StreamClosedError:
+            return
+        self.begin_stream(kind)
+        self.finish(set_content_type=kind)
+
+
 # -- questions -------------------------------------------------------------------------------
 
 
@@ -261,6 +313,7 @@ def handlers() -> list[tuple[str, type[SornaAPIHandler]]]:
         (rf"{kernel}/runs", RunsHandler),
         (rf"{kernel}/runs/{RUN_ID}", OneRunHandler),
         (rf"{kernel}/runs/{RUN_ID}/input", InputHandler),
+        (rf"{kernel}/messages", MessagesHandler),
         (rf"{kernel}/(?P<question>complete|inspect|is_complete)", QuestionHandler),
         (r"/api/run", RunOnceHandler),
         (rf"/api/run/{RUN_ID}", OwnRunHandler),
@@ -284,3 +337,34 @@ def _as_line(event: LoggedEvent) -> bytes:
 def _as_sse(event: LoggedEvent) -> bytes:
     # JSON has no raw newlines, so one `data:` line holds it.
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.type.encode(), event.data)
+
+
+def _message_as_line(item: KernelMessage | Gap) -> bytes:
+    return _message_as_json(item) + b"\n"
+
+
+def _message_as_sse(item: KernelMessage | Gap) -> bytes:
+    seq, event = (item.last, b"gap") if isinstance(item, Gap) else (item.seq, b"message")
+    return b"id: %d\nevent: %s\ndata: %s\n\n" % (seq, event, _message_as_json(item))
+
+
+def _message_as_json(item: KernelMessage | Gap) -> bytes:
+    """In one line."""
+    if isinstance(item, Gap):
+        gap = GapModel(item.first, item.last, item.messages, item.size, item.reason)
+        return msgspec.json.encode(JournalGap(gap))
+    header, parent, metadata, content, *buffers = item.parts
+    text = (
+        b'{"seq":%d,"channel":"%s","header":%s,"parent_header":%s,"metadata":%s,"content":%s,'
+        b'"buffers":%s}'
+    ) % (
+        item.seq,
+        item.channel.encode(),
+        header,
+        parent,
+        metadata,
+        content,
+        msgspec.json.encode(buffers),
+    )
+    # A kernel may write newlines between its tokens, and bytes that are no UTF-8.
+    return text.replace(b"\n", b" ").decode(errors="replace").encode()

@@ -32,8 +32,10 @@ from sorna_jupyter.exceptions import (
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.live import MemoryLive
 from sorna_jupyter.protocol import (
+    Batch,
     Beat,
     BeatReply,
+    Gap,
     KernelMessage,
     KernelReport,
     KernelStatus,
@@ -55,8 +57,11 @@ class Client:
         self._news = asyncio.Event()
         self._attachment = kernels.attach(kernel_id, self.session_id, self, counts=True)
 
-    def on_kernel_message(self, message: KernelMessage) -> None:
-        self.messages.append(message)
+    def on_kernel_gap(self, gap: Gap) -> None:
+        raise AssertionError(gap)
+
+    def on_kernel_messages(self, batch: Batch) -> None:
+        self.messages.extend(batch.messages)
         self._news.set()
 
     def on_kernel_event(self, kernel: Kernel) -> None:
@@ -439,7 +444,7 @@ async def test_who_could_not_be_attached_is_no_connection(
 ) -> None:
     kernel = await house.kernels.start(owner=OWNER)
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise AgentUnreachable("it does not take messages")
 
     with monkeypatch.context() as context:
