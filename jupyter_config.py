@@ -56,7 +56,11 @@ c = get_config()  # noqa: F821
 # -- Messages --------------------------------------------------------------------------------
 
 # The largest message that a client may send, in bytes.
-# c.ServerApp.tornado_settings = {"websocket_max_message_size": 100 * 1024**2}
+# c.SornaApp.max_input_message = "100 MiB"
+# c.SornaApp.max_output_message = "1 GiB"
+# c.SornaApp.output_retention = "64 MiB"       # of each kernel, for who comes late or comes back
+# c.SornaApp.total_output_retention = "8 GiB"  # of all kernels
+# c.SornaWebsocketConnection.max_unsent_bytes = 16 * 1024**2  # a client
 
 # -- Agents ----------------------------------------------------------------------------------
 

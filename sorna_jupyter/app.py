@@ -40,7 +40,6 @@ from sorna_jupyter.registry import Policy, Registry
 from sorna_jupyter.runs import Runs
 
 CONTENTS_SERVICES = ("contents", "files", "nbconvert", "view", "edit")
-MAX_WEBSOCKET_MESSAGE = 100 << 20
 
 flags: dict[str, Any] = {
     "headless": (
@@ -181,6 +180,22 @@ class SornaApp(ExtensionApp):
         help="How many times over the embedded agent promises its machine's memory to kernels, "
         "most of which use far less than their limit. 1: no more than there is.",
     ).tag(config=True)
+    output_retention = Unicode(
+        "64 MiB",
+        help="How much of each kernel's latest output the embedded agent keeps, on disk, for "
+        "clients that come late, come back or can't follow.",
+    ).tag(config=True)
+    total_output_retention = Unicode(
+        "8 GiB",
+        help="How much of all kernels' output it keeps; above it, each gets an equal share.",
+    ).tag(config=True)
+    max_output_message = Unicode(
+        "1 GiB",
+        help="The largest message from a kernel; a line on stderr stands in place of a larger one.",
+    ).tag(config=True)
+    max_input_message = Unicode(
+        "100 MiB", help="The largest message to a kernel; a websocket that sends more is closed."
+    ).tag(config=True)
     max_memory = Unicode("", help="The most memory a request may ask for. Empty: no bound.").tag(
         config=True
     )
@@ -233,7 +248,7 @@ class SornaApp(ExtensionApp):
         server = config["ServerApp"]
         assert self.serverapp is not None
         server.setdefault("tornado_settings", {}).update(
-            {"websocket_max_message_size": MAX_WEBSOCKET_MESSAGE}
+            {"websocket_max_message_size": parse_size(self.max_input_message)}
             | dict(self.serverapp.tornado_settings)
         )
         if self.headless:
@@ -445,6 +460,9 @@ class SornaApp(ExtensionApp):
             more=(
                 *("--log-level", "DEBUG" if debug else "WARNING"),
                 *("--memory-overcommit", f"{self.memory_overcommit:g}"),
+                *("--retention", self.output_retention),
+                *("--total-retention", self.total_output_retention),
+                *("--max-message", self.max_output_message),
                 *(("--base-image", self.base_image) if self.base_image else ()),
             ),
         )

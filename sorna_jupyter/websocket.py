@@ -30,7 +30,15 @@ from traitlets import Integer
 from sorna_jupyter.exceptions import KernelNotFound, SornaError
 from sorna_jupyter.jupyter_manager import SornaMappingKernelManager
 from sorna_jupyter.kernels import Kernel
-from sorna_jupyter.protocol import Batch, Gap, KernelStatus, make_message, pack_number, read_number
+from sorna_jupyter.protocol import (
+    Batch,
+    Gap,
+    KernelMessage,
+    KernelStatus,
+    make_message,
+    pack_number,
+    read_number,
+)
 from sorna_jupyter.wire import (
     JSON_PARTS,
     UNSUPPORTED_DATA,
@@ -76,6 +84,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     _is_proxy = False
     _unsent = 0
     _is_paused = False
+    _has_lagged = False
+    """and is not where the others are yet"""
     _written = 0
     """number of the last message written"""
     _asked = 0
@@ -161,6 +171,11 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     # -- `Listener`
 
     def on_kernel_messages(self, batch: Batch) -> None:
+        if self._has_lagged:
+            if self._attachment.is_behind:
+                batch = with_streams_joined(batch)
+            else:
+                self._has_lagged = False
         if self._unanswered:
             for message in batch.messages:
                 if message.channel == "shell" and b'"execute_reply"' in message.parts[0]:
@@ -381,7 +396,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             self._unsent += len(data)
             written.add_done_callback(partial(self._drained, len(data)))
             if self._unsent > self.max_unsent_bytes and not self._is_paused:
-                self._is_paused = True
+                self._is_paused = self._has_lagged = True
                 if self._attachment is not None:
                     self._attachment.pause()
 
@@ -411,6 +426,49 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             self.log.info("kernel %s: session %s is back", self.kernel_id, self.session_id)
             older.disconnect()
             older._close(GOING_AWAY, "replaced by a newer websocket of the same session")
+
+
+class _Stream(msgspec.Struct):
+    name: str
+    text: str
+
+
+def with_streams_joined(batch: Batch) -> Batch:
+    """For a client that can't follow a flood of tiny prints: what a cell wrote to one stream in a
+    row is one message, under the last one's header. The text is the same."""
+    joined: list[KernelMessage] = []
+    streams: list[_Stream | None] = []
+    for message in batch.messages:
+        stream = _stream_of(message)
+        last = streams[-1] if streams else None
+        if stream and last and stream.name == last.name and _same_parent(joined[-1], message):
+            stream.text = last.text + stream.text
+            joined.pop()
+            streams.pop()
+        joined.append(message)
+        streams.append(stream)
+    for place, (message, stream) in enumerate(zip(joined, streams, strict=True)):
+        if stream is not None:
+            parts = [*message.parts[:3], msgspec.json.encode(stream)]
+            joined[place] = KernelMessage.of(
+                message.kernel_id, message.seq, message.session, message.channel, parts
+            )
+    return Batch(joined)
+
+
+def _stream_of(message: KernelMessage) -> _Stream | None:
+    if message.channel != "iopub" or b'"stream"' not in message.parts[0]:
+        return None
+    try:
+        if message.msg_type == "stream" and len(message.parts) == JSON_PARTS:
+            return msgspec.json.decode(message.parts[3], type=_Stream)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # a kernel may write what it likes; it passes as it came
+    return None
+
+
+def _same_parent(one: KernelMessage, other: KernelMessage) -> bool:
+    return one.parts[1] == other.parts[1]
 
 
 def is_proxy(user_agent: str) -> bool:

@@ -256,6 +256,7 @@ async def test_what_makes_no_sense_from_a_gateway_harms_nobody(house: House):
         [protocol.SUBSCRIBE, k, b"short"],
         [protocol.SUBSCRIBE, k, b"\xff" * 8],
         [protocol.SUBSCRIBE, k, b"\xff" * 8, b"\xff" * 8, b"\xff" * 8],
+        [protocol.UNSUBSCRIBE, k, b"\xff" * 8],
         [protocol.CREDIT, k, b"\xff" * 8, b"short"],
         [protocol.ACKNOWLEDGE, k, b"nobody", b"\xff" * 8],
         [protocol.UNSUBSCRIBE, b"\xff\xfe"],
@@ -438,6 +439,114 @@ async def test_what_fell_out_of_the_journal_is_announced_as_a_gap(short_path: Pa
     assert (gap.first, gap.last) == (3, late.messages[0].seq - 1)
     assert [m.seq for m in late.messages] == list(range(gap.last + 1, end + 1))
     await house.end()
+
+
+async def test_a_subscription_gets_no_more_than_its_credit_and_then_the_rest(house: House):
+    await house.start_kernel()
+    watcher, frugal = house.line(), house.line()
+    watcher.subscribe("k1", 1)
+    name = frugal.subscribe("k1", 1, credit=5000)
+    await watcher.client("k1").result("for i in range(100): print('x' * 500, flush=True)")
+    end = watcher.messages[-1].seq
+
+    await frugal.wait_for(lambda m: m.seq > 1)
+    await watcher.client("k1").result("1")  # by then all that may come is here
+    got = [m.seq for m in frugal.messages]
+    assert 1 < len(got) < 20
+
+    frugal.send(protocol.CREDIT, b"k1", name, protocol.pack_number(1 << 20))
+    await frugal.wait_for(lambda m: m.seq == end)
+    assert [m.seq for m in frugal.messages][:end] == list(range(1, end + 1))
+
+
+async def test_a_session_begins_where_its_client_acknowledged_through_whichever_gateway(
+    house: House,
+):
+    await house.start_kernel()
+    one, two = house.line(), house.line()
+    one.subscribe("k1")
+    client = one.client("k1", "laptop")
+    await client.result("print(1)")
+    begin, read = one.begins["laptop"], one.messages[2].seq
+
+    two.client("k1", "laptop")
+    await until(lambda: "laptop" in two.begins)
+    assert two.begins["laptop"] == begin  # nothing was acknowledged yet
+
+    one.send(protocol.ACKNOWLEDGE, b"k1", b"laptop", protocol.pack_number(read))
+    await client.result("print(2)")
+    three = house.line()
+    three.client("k1", "laptop")
+    await until(lambda: "laptop" in three.begins)
+    assert three.begins["laptop"] == read + 1
+
+
+async def test_a_message_above_the_limit_is_replaced_by_a_word_about_it(short_path: Path):
+    agent, gateway = Keys.make(), Keys.make()
+    link = RelayLink(settings(short_path, agent, gateway, max_message=1 << 20))
+    house = House(short_path, link, agent, gateway)
+    await link.start()
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    client = line.client("k1")
+
+    msg_id = client.execute("print('x' * 2_000_000); print('after')")
+    await client.reply_to(msg_id)
+    await line.wait_for(lambda m: is_idle(m) and parent_id(m) == msg_id)
+
+    (note,) = [m for m in line.messages if b"stderr" in m.parts[3]]
+    assert parent_id(note) == msg_id
+    assert b"no more than 1 MiB" in note.parts[3]
+    await house.end()
+
+
+async def test_a_killed_relay_finds_its_journal_again_and_says_where_it_was_away(house: House):
+    started = await house.start_kernel()
+    restarted = asyncio.Event()
+
+    def reopen() -> None:
+        house.link.reopen_kernel("k1", started.address, "a-key", "idle")
+        restarted.set()
+
+    house.link.on_restart = reopen
+    line = house.line()
+    line.subscribe("k1", 1)
+    await line.client("k1").result("x = 6 * 7; print('before')")
+    before = [m.parts for m in line.messages]
+
+    assert house.link._process is not None
+    os.kill(house.link._process.pid, signal.SIGKILL)
+    await asyncio.wait_for(restarted.wait(), PATIENCE)
+    later = house.line()
+    client = later.client("k1", "later")
+
+    def is_open() -> bool:  # the agent's word may come after the gateway's
+        later.client("k1", "later")
+        return "later" in later.begins
+
+    await until(is_open)
+    later.subscribe("k1", 1)
+
+    assert await client.result("print(x)") == "42\n"
+    assert [m.parts for m in later.messages[: len(before)]] == before
+    (gap,) = later.gaps
+    assert gap.messages is None
+    assert "restarted" in gap.reason
+    numbers = sorted([*(m.seq for m in later.messages), gap.first])
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+async def test_journals_of_kernels_that_nobody_has_any_more_go(house: House):
+    await house.start_kernel()
+    (house.directory / "journals" / "gone").mkdir()
+
+    house.link.keep_kernels(["k1"])
+
+    await until(lambda: not (house.directory / "journals" / "gone").exists())
+    assert (house.directory / "journals" / "k1").is_dir()
+    house.link.forget_kernel("k1")
+    await until(lambda: not (house.directory / "journals" / "k1").exists())
 
 
 async def test_a_reply_that_comes_after_its_client_left_is_still_in_the_journal(house: House):
