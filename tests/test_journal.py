@@ -240,6 +240,28 @@ def test_what_was_dropped_is_counted_as_long_as_its_sizes_are_known(tmp_path: Pa
     again.close()
 
 
+def test_bounds_that_are_set_anew_hold_at_once(directory: Path | None):
+    journal = Journal(directory, retention=8 * RETENTION, memory=RETENTION)
+    fill(journal, 2000)
+
+    journal.retention = RETENTION
+    journal.memory = MEMORY
+
+    # The newest segment is one of the old size, and of no use any more if it is above the new one.
+    assert journal.size <= RETENTION
+    assert contents(journal) == numbered(journal.first, 2000)
+    assert directory is None or journal._recent_size <= MEMORY
+    fill(journal, 3000)
+    assert RETENTION * 7 / 8 - 200 < journal.size <= RETENTION
+    assert contents(journal) == numbered(journal.first, 3000)
+
+    journal.retention = 8 * RETENTION
+    fill(journal, 8000)
+    assert 8 * RETENTION * 7 / 8 - 200 < journal.size <= 8 * RETENTION
+    assert contents(journal) == numbered(journal.first, 8000)
+    journal.close()
+
+
 # -- age -----------------------------------------------------------------------------------------
 
 
@@ -388,7 +410,7 @@ def test_a_segment_that_was_only_just_begun_costs_nothing(tmp_path: Path):
     directory, paths = full_directory(tmp_path)
     (directory / f"{1001:020}.journal").write_bytes(b"sorn")
     (directory / "someone's.journal").write_bytes(b"else")
-    (directory / f"{5:020}.journal").write_bytes(paths[-1].read_bytes())  # under a wrong name
+    (directory / f"{2000:020}.journal").write_bytes(paths[-1].read_bytes())  # a wrong name
 
     journal = Journal(directory, retention=RETENTION)
 
@@ -578,6 +600,7 @@ class JournalMachine(RuleBasedStateMachine):
         self.directory = self.root / "kernel"
         self.model: list[bytes] = []  # all ever appended, from the base on
         self.flushed = 0
+        self.biggest_part = 0
         self.journal = self.make()
         self.seen_first = first
 
@@ -665,6 +688,15 @@ class JournalMachine(RuleBasedStateMachine):
         assert 1 <= len(records) <= max_count
         assert len(records) == 1 or sum(map(len, records)) <= max_bytes
 
+    @rule(
+        retention=st.sampled_from([500, 4000, RETENTION]),
+        memory=st.sampled_from([0, 300, MEMORY, 1 << 20]),
+    )
+    def set_bounds(self, retention: int, memory: int) -> None:
+        self.biggest_part = max(self.biggest_part, self.retention // SEGMENTS)
+        self.retention, self.memory = retention, memory
+        self.journal.retention, self.journal.memory = retention, memory
+
     @rule(data=st.data())
     def ask_what_was_dropped(self, data: st.DataObject) -> None:
         start = data.draw(st.integers(self.base, self.journal.next), label="start")
@@ -689,7 +721,7 @@ class JournalMachine(RuleBasedStateMachine):
     @invariant()
     def it_keeps_to_its_bounds(self) -> None:
         journal = self.journal
-        part = self.retention // SEGMENTS
+        part = max(self.biggest_part, self.retention // SEGMENTS)
         # The newest is kept even if too big, with what shares its segment.
         newest = size_of([self.model[-1]]) if self.model else 0
         assert journal.size <= max(self.retention, part + newest)

@@ -147,14 +147,14 @@ class Journal:
 
         Does not fail for the disk's sake: see `flush`.
         """
-        self.retention = retention
+        self._retention = retention
         self.on_disk = directory is not None
         self.was_recovered = False
         self._directory = directory
         self._memory = memory
         self._max_age = max_age
         self._clock = clock
-        self._segment_size = max(retention // SEGMENTS, 1)
+        self._segment_size = _part_of(retention)
         self._memory_limit = memory if directory else sys.maxsize
         self._has_warned = False
         self._base = first
@@ -185,6 +185,29 @@ class Journal:
     def next(self) -> int:
         return self.last + 1
 
+    @property
+    def retention(self) -> int:
+        """bytes kept; may be set at any time: what is too much goes at once"""
+        return self._retention
+
+    @retention.setter
+    def retention(self, retention: int) -> None:
+        self._retention = retention
+        self._segment_size = _part_of(retention)
+        self._make_room()
+
+    @property
+    def memory(self) -> int:
+        """bytes of these held in memory while the disk works; may be set at any time, too"""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: int) -> None:
+        self._memory = memory
+        if self.on_disk:
+            self._memory_limit = memory
+            self._trim_memory()
+
     # -- writing -----------------------------------------------------------------------------
 
     def append(self, record: bytes) -> int:
@@ -204,7 +227,7 @@ class Journal:
         if (
             self._open_size >= self._segment_size
             or self._recent_size > self._memory_limit
-            or self.size > self.retention
+            or self.size > self._retention
         ):
             self._make_room()
         return seq
@@ -311,7 +334,7 @@ class Journal:
         if self._open_size >= self._segment_size:
             self._roll()
         while (
-            self.size > self.retention
+            self.size > self._retention
             and len(self._segments) > 1
             and self._segments[1].first <= self.last
         ):
@@ -477,6 +500,10 @@ class Journal:
                 pass
             except OSError as error:
                 log.warning("journal in %s: the directory stays: %s", self._directory, error)
+
+
+def _part_of(retention: int) -> int:
+    return max(retention // SEGMENTS, 1)
 
 
 def _name(first: int) -> str:
