@@ -81,6 +81,8 @@ SHORTEST_BACKLOG_PAUSE, LONGEST_BACKLOG_PAUSE = 0.002, 0.1
 """seconds until a gateway that takes no more is tried again; doubles while it takes nothing"""
 SWEEP_PAUSE = 1.0
 JOURNAL_SWEEP_PAUSE = 60.0
+JOURNAL_MEMORY = 4 << 20
+"""bytes of a kernel's newest messages in memory, where many are; older ones are read from disk"""
 GATEWAY_QUEUE = 500
 """messages in ZeroMQ's hands for one gateway; the rest waits in the journals, which cost nothing"""
 SEND_BYTES = 1 << 20
@@ -246,6 +248,7 @@ class Relay:
         limits, count = self.limits, max(1, len(self._kernels))
         for kernel in self._kernels.values():
             kernel.journal.retention = min(limits.retention, limits.total // count)
+            kernel.journal.memory = min(JOURNAL_MEMORY, limits.memory // count)
 
     # -- what `KernelSide` asks of us --------------------------------------------------------
 
@@ -510,9 +513,10 @@ class Relay:
         # Of a kernel that runs, others know numbers already: if its journal is lost, ours must be
         # higher than any of those.
         first = int(time.time() * 1e6) if is_running else 1
+        share = self.limits.total // (len(self._kernels) + 1)
         journal = Journal(
             self._journals / kernel_id.decode(),
-            retention=self.limits.retention,
+            retention=min(self.limits.retention, share),
             max_age=self.limits.max_age,
             first=first,
         )
