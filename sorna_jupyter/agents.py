@@ -40,6 +40,7 @@ from sorna_jupyter.protocol import (
     pack_number,
     read_number,
     read_record,
+    send_frames,
 )
 from sorna_jupyter.registry import AgentRow
 
@@ -663,7 +664,7 @@ class _AgentLink:
 
     def send(self, frames: list[bytes]) -> None:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            send_frames(self._socket, frames)
         except zmq.Again as error:
             raise AgentUnreachable(f"agent {self._agent.id} does not take messages") from error
         # Sending can use up the edge that the descriptor would have signalled.

@@ -19,7 +19,6 @@ import argparse
 import heapq
 import json
 import logging
-import math
 import os
 import shutil
 import signal
@@ -38,7 +37,8 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from sorna_agent import relay_messages as agent_side
 from sorna_agent.journal import Journal
-from sorna_agent.relay_kernel import BATCH, Cursor, KernelSide, Socket
+from sorna_agent.poller import Poller, Socket
+from sorna_agent.relay_kernel import BATCH, Cursor, KernelSide
 from sorna_agent.relay_messages import (
     CONTROL,
     DetachKernel,
@@ -69,6 +69,7 @@ from sorna_jupyter.protocol import (
     encode_reply,
     pack_number,
     read_number,
+    send_frames,
 )
 
 log = logging.getLogger(__name__)
@@ -128,8 +129,7 @@ class Relay:
         self.orphan_timeout = orphan_timeout
         self.limits = limits
         self.max_message = max_message
-        self._poller = zmq.Poller()
-        self._handlers: dict[Socket, Callable[[Socket], None]] = {}
+        self.poller = Poller()
         self._kernels: dict[bytes, KernelSide] = {}
         self._with_output: set[KernelSide] = set()
         self._active: set[KernelSide] = set()
@@ -177,7 +177,7 @@ class Relay:
         socket.bind(local)
         socket.bind(listen)
         self.addresses = [local, cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()]
-        self.watch(socket, self._drain_gateways, zmq.POLLIN)
+        self.poller.watch(socket, self._drain_gateways)
         return socket
 
     def _bind_agent(self) -> Socket:
@@ -185,7 +185,7 @@ class Relay:
         socket.linger = 0
         socket.router_mandatory = True
         socket.bind(f"ipc://{self._directory}/{AGENT_SOCKET}")
-        self.watch(socket, self._drain_agent, zmq.POLLIN)
+        self.poller.watch(socket, self._drain_agent)
         return socket
 
     # -- the loop ----------------------------------------------------------------------------
@@ -195,11 +195,7 @@ class Relay:
         self._sweep_journals()
         log.info("relay listens on %s", ", ".join(self.addresses))
         while not self._is_stopping:
-            for socket, _ in self._poller.poll(math.ceil(self._pause() * 1000)):
-                # A handler before may have closed this one.
-                handler = self._handlers.get(socket)
-                if handler is not None:
-                    handler(socket)
+            self.poller.run_once(self._pause())
             self._send_output()
             self._run_timers()
 
@@ -210,6 +206,7 @@ class Relay:
         self._agents.close()
         self._gateways.close()
         self._authenticator.stop()
+        self.poller.close()
         self.context.term()
         for name in SOCKETS:
             (self._directory / name).unlink(missing_ok=True)  # ZeroMQ leaves them
@@ -252,14 +249,6 @@ class Relay:
 
     # -- what `KernelSide` asks of us --------------------------------------------------------
 
-    def watch(self, socket: Socket, handler: Callable[[Socket], None], events: int) -> None:
-        self._poller.register(socket, events)
-        self._handlers[socket] = handler
-
-    def unwatch(self, socket: Socket) -> None:
-        if self._handlers.pop(socket, None) is not None:
-            self._poller.unregister(socket)
-
     def call_later(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_ids), action))
 
@@ -291,16 +280,17 @@ class Relay:
 
     # -- gateways ----------------------------------------------------------------------------
 
-    def _drain_gateways(self, socket: Socket) -> None:
+    def _drain_gateways(self, socket: Socket) -> bool:
         for _ in range(BATCH):
             try:
                 route, *frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return False
             try:
                 self._take_from_gateway(route, frames)
             except Exception:  # whatever one gateway sends, the others go on
                 log.exception("bad frames from a gateway: %s", [len(frame) for frame in frames])
+        return True
 
     def _take_from_gateway(self, route: bytes, frames: list[bytes]) -> None:
         kind = frames[0] if frames else b""
@@ -394,7 +384,8 @@ class Relay:
         if route in full:
             return False
         try:
-            self._gateways.send_multipart([route, *frames], zmq.NOBLOCK)
+            send_frames(self._gateways, [route, *frames])
+            self.poller.look_again(self._gateways)
             return True
         except zmq.Again:
             full.add(route)
@@ -430,7 +421,8 @@ class Relay:
         if self._agent is None:
             return False
         try:
-            self._agents.send_multipart([self._agent, *frames], zmq.NOBLOCK)
+            send_frames(self._agents, [self._agent, *frames])
+            self.poller.look_again(self._agents)
         except zmq.Again:
             log.warning("the agent has not read for long, a message for it is lost")
             return False
@@ -442,16 +434,17 @@ class Relay:
             return False
         return True
 
-    def _drain_agent(self, socket: Socket) -> None:
+    def _drain_agent(self, socket: Socket) -> bool:
         for _ in range(BATCH):
             try:
                 route, *frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return False
             try:
                 self._take_from_agent(route, frames)
             except Exception:  # one bad command is not the end of every kernel's output
                 log.exception("bad frames from the agent")
+        return True
 
     def _take_from_agent(self, route: bytes, frames: list[bytes]) -> None:
         # Read first: a kernel can make one of its sockets a symlink to ours, and what its clients

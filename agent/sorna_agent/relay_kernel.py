@@ -21,6 +21,7 @@ import msgspec
 import zmq
 
 from sorna_agent.journal import Journal
+from sorna_agent.poller import Handler, Poller, Socket
 from sorna_jupyter.protocol import (
     CHANNELS,
     UNTRACKED,
@@ -31,11 +32,10 @@ from sorna_jupyter.protocol import (
     pack_record,
     read_header,
     read_status,
+    send_frames,
 )
 
 log = logging.getLogger(__name__)
-
-Socket = zmq.Socket[bytes]
 
 DELIMITER = b"<IDS|MSG>"
 IOPUB, SHELL, CONTROL, STDIN = range(len(CHANNELS))
@@ -71,9 +71,8 @@ class Watcher(Protocol):
     """What the relay's loop offers."""
 
     context: zmq.Context[Socket]
+    poller: Poller
 
-    def watch(self, socket: Socket, handler: Callable[[Socket], None], events: int) -> None: ...
-    def unwatch(self, socket: Socket) -> None: ...
     def call_later(self, seconds: float, action: Callable[[], None]) -> None: ...
     def on_output(self, kernel: KernelSide) -> None: ...
     def on_activity(self, kernel: KernelSide) -> None: ...
@@ -172,14 +171,14 @@ class KernelSide:
         self._signer = Signer(key)
         self.execution_state = execution_state
         self._iopub = self._connect(zmq.SUB, IOPUB)
-        self._watcher.watch(self._iopub, lambda socket: self._drain(socket, b"", IOPUB), zmq.POLLIN)
+        self._watcher.poller.watch(self._iopub, lambda socket: self._drain(socket, b"", IOPUB))
         for session_id, session in self._sessions.items():
             self._connect_session(session_id, session)
         if ask_ready:
             socket = self._connect(zmq.DEALER, SHELL, IMMEDIATE=1)
             self._probe = _Probe(opening, socket)
             # IMMEDIATE: writable is it only once the kernel is there.
-            self._watcher.watch(socket, self._ask, zmq.POLLOUT)
+            self._watcher.poller.watch(socket, self._ask, zmq.POLLOUT)
 
     def detach_soon(self) -> None:
         """For a process that has ended: what it sent last may still be on its way to us."""
@@ -220,7 +219,7 @@ class KernelSide:
         return socket
 
     def _close(self, socket: Socket) -> None:
-        self._watcher.unwatch(socket)
+        self._watcher.poller.unwatch(socket)
         socket.close()
 
     # -- sessions ----------------------------------------------------------------------------
@@ -280,16 +279,14 @@ class KernelSide:
             )
             session.sockets[channel] = socket
 
-            def drain(socket: Socket, channel: int = channel) -> None:
-                self._drain(socket, session_id, channel)
+            def drain(socket: Socket, channel: int = channel) -> bool:
+                return self._drain(socket, session_id, channel)
 
-            self._watcher.watch(socket, drain, zmq.POLLIN)
+            self._watcher.poller.watch(socket, drain)
             if channel == STDIN:
                 self._wait_for_stdin(session, socket, drain)
 
-    def _wait_for_stdin(
-        self, session: Session, stdin: Socket, drain: Callable[[Socket], None]
-    ) -> None:
+    def _wait_for_stdin(self, session: Session, stdin: Socket, drain: Handler) -> None:
         """Hold back requests until the kernel can reach the client's stdin.
 
         A kernel's ROUTER drops what it has no connection for: the prompt of an `input()` in the
@@ -300,12 +297,12 @@ class KernelSide:
         def send_waiting(_: Socket) -> None:
             if session.sockets.get(STDIN) is not stdin or session.waiting is None:
                 return  # another process of the kernel by now, or already done
-            self._watcher.watch(stdin, drain, zmq.POLLIN)
+            self._watcher.poller.watch(stdin, drain)
             waiting, session.waiting = session.waiting, None
             for channel, frames in waiting:
                 self._send_frames(session, channel, frames)
 
-        self._watcher.watch(stdin, send_waiting, zmq.POLLOUT)
+        self._watcher.poller.watch(stdin, send_waiting, zmq.POLLOUT)
         self._watcher.call_later(STDIN_GRACE, lambda: send_waiting(stdin))
 
     def _close_sockets(self, session: Session) -> None:
@@ -339,7 +336,8 @@ class KernelSide:
             )
             return
         try:
-            socket.send_multipart(frames, zmq.NOBLOCK)
+            send_frames(socket, frames)
+            self._watcher.poller.look_again(socket)
         except zmq.Again:
             log.warning(
                 "kernel %s: has not read for long, a message on %s is lost",
@@ -365,17 +363,18 @@ class KernelSide:
         if probe is None or probe.socket is not socket:
             return  # answered, or over
         try:
-            socket.send_multipart(self._own_request("kernel_info_request"), zmq.NOBLOCK)
+            send_frames(socket, self._own_request("kernel_info_request"))
+            self._watcher.poller.look_again(socket)
         except zmq.Again:
             log.debug("kernel %s: not there yet", self)
         if not probe.has_asked:
             probe.has_asked = True
-            self._watcher.watch(socket, self._drain_probe, zmq.POLLIN)
+            self._watcher.poller.watch(socket, self._drain_probe)
         self._watcher.call_later(probe.pause, lambda: self._ask(socket))
         probe.pause = min(probe.pause * 2, LAST_RESEND)
 
-    def _drain_probe(self, socket: Socket) -> None:
-        self._drain(socket, b"", SHELL)
+    def _drain_probe(self, socket: Socket) -> bool:
+        return self._drain(socket, b"", SHELL)
 
     def _take_own(self, channel: int, parts: list[bytes]) -> None:
         """Something that answers the relay's own request."""
@@ -404,12 +403,15 @@ class KernelSide:
 
     def _drain(
         self, socket: Socket, session_id: bytes, channel: int, limit: int | None = BATCH
-    ) -> None:
+    ) -> bool:
+        """Whether there may be more."""
         taken = size = 0
+        is_empty = False
         while (limit is None or (taken < limit and size < BATCH_BYTES)) and not socket.closed:
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
+                is_empty = True
                 break
             taken += 1
             try:
@@ -422,6 +424,7 @@ class KernelSide:
             self._watcher.on_activity(self)
         if taken:
             self._watcher.on_output(self)
+        return not is_empty
 
     def _take(self, session_id: bytes, channel: int, frames: list[bytes]) -> int:
         """Returns the record's size."""
