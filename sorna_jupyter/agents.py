@@ -339,6 +339,10 @@ class Attachment:
         self._is_paused = False
         self._waits = resumes
         """for the relay to say where it begins"""
+        self.caught_up = asyncio.Event()
+        """set once it has all that it missed"""
+        if not resumes:
+            self.caught_up.set()
         self._cursor: Cursor | None = None
 
     def send(self, channel: str, parts: list[bytes]) -> None:
@@ -400,6 +404,8 @@ class Attachment:
         if 0 < self._next < self._feed.next:
             self.is_behind = True
             self._cursor = Cursor(self._link, self.kernel_id, self._next, self, CURSOR_CREDIT)
+        elif self._feed.next:
+            self.caught_up.set()
 
     # -- while it reads by itself
 
@@ -421,6 +427,7 @@ class Attachment:
         if self._cursor is not None and self._next >= self._feed.next:
             self._stop_catching_up()
             self.is_behind = False
+            self.caught_up.set()
 
     def _stop_catching_up(self) -> None:
         if self._cursor is not None:

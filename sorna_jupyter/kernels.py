@@ -596,6 +596,11 @@ class _KernelAttachment:
         """Whether others get newer messages than this one does."""
         return self._attachment is not None and self._attachment.is_behind
 
+    async def catch_up(self) -> None:
+        """Returns when it has all that it missed; at once if it is not open yet."""
+        if self._attachment is not None:
+            await self._attachment.caught_up.wait()
+
     def open(self, agents: AgentPool, agent: AgentRow) -> None:
         """Safe to repeat."""
         if self._attachment is None:

@@ -2,7 +2,8 @@
 
 One client session a kernel, shared by all its runs: a run's id is its `execute_request`'s
 `msg_id`, and what comes back finds its run by the parent's id. A run goes on whoever looks on or
-leaves, and is kept for a while when it is over. Used by `faces.rest`.
+leaves, and is kept for a while when it is over. What another gateway, or this one before it was
+restarted, has run is read back from the kernel's journal. Used by `faces.rest`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -41,6 +43,9 @@ from sorna_jupyter.run import EOF, Execute, InputRequest, Run, RunStatus
 log = logging.getLogger(__name__)
 
 MiB = 1 << 20
+
+SESSION = "sorna-runs"
+"""the client session of all runs of a kernel, whichever gateway made them"""
 
 
 class Runs:
@@ -103,7 +108,7 @@ class Runs:
         kernel = self._kernel(kernel_id)
         run = Run(str(uuid.uuid4()), kernel_id, kernel.owner, request, self.max_run_size)
         self._session(kernel).execute(run)
-        self._runs[run.id] = run
+        self.add(run)
         return run
 
     async def run_once(
@@ -135,6 +140,35 @@ class Runs:
             pass  # it ended by itself, or its owner was quicker
         except SornaError as error:
             log.warning("kernel %s, made for one run, is not stopped: %s", run.kernel_id, error)
+
+    async def find(self, run_id: str, kernel_id: str) -> Run:
+        """Also one that this gateway did not make, while its kernel lives. Raises `RunNotFound`,
+        `Unavailable`."""
+        if run_id not in self._runs:
+            await self._restore(kernel_id)
+        return self.get(run_id, kernel_id)
+
+    async def list_all(self, kernel_id: str) -> list[Run]:
+        """As `list`, with those that this gateway did not make."""
+        await self._restore(kernel_id)
+        return self.list(kernel_id)
+
+    async def _restore(self, kernel_id: str) -> None:
+        try:
+            session = self._session(self._kernel(kernel_id))
+        except KernelNotFound:
+            return  # what is known of it is in `_runs`
+        try:
+            async with asyncio.timeout(self.answer_timeout):
+                await session.restored()
+        except TimeoutError:
+            raise Unavailable(f"The agent of kernel {kernel_id} does not answer") from None
+
+    def add(self, run: Run) -> None:
+        self._runs[run.id] = run
+
+    def knows(self, run_id: str) -> bool:
+        return run_id in self._runs
 
     def get(self, run_id: str, kernel_id: str | None = None) -> Run:
         """Also of a kernel that is gone. Raises `RunNotFound`."""
@@ -223,8 +257,7 @@ class _KernelSession:
         """one a run: its timeout, then its grace, then its settling"""
         self._input_parents: dict[str, bytes] = {}
         self._questions: dict[str, asyncio.Future[dict[str, Any]]] = {}
-        self._id = f"runs-{uuid.uuid4().hex}"
-        self._attachment = runs.kernels.attach(kernel.id, self._id, self)
+        self._attachment = runs.kernels.attach(kernel.id, SESSION, self, resumes=True)
         self._used_at = self._loop.time()
         self._is_closed = False
         self._loop.call_later(runs.linger, self._close_if_unused)
@@ -243,6 +276,10 @@ class _KernelSession:
         }
         self._send("shell", run.id, "execute_request", content)
         self._known[run.id] = self._going_on[run.id] = run
+
+    async def restored(self) -> None:
+        """Returns when all runs that the journal tells of are known."""
+        await self._attachment.catch_up()
 
     async def ask(
         self, msg_type: str, content: dict[str, Any], timeout: float | None
@@ -291,6 +328,8 @@ class _KernelSession:
         if self._known or self._questions or unused_for < self._runs.linger:
             self._loop.call_later(self._runs.linger, self._close_if_unused)
         else:
+            # What was read so far is not to be restored: nobody wants it any more.
+            self._attachment.acknowledge(self.kernel.seq)
             self.close("unused")
 
     def _send(
@@ -307,7 +346,7 @@ class _KernelSession:
             content,
             msg_id=msg_id,
             parent=parent,
-            session=self._id,
+            session=SESSION,
             username=self.kernel.owner,
         )
         self._attachment.send(channel, parts)
@@ -317,9 +356,11 @@ class _KernelSession:
     def on_kernel_messages(self, batch: Batch) -> None:
         for message in batch.messages:
             try:
-                parent_id = decode(message.parts[1], Header).msg_id
+                parent = decode(message.parts[1], _Parent)
                 header = decode(message.parts[0], Header)
-                self._take(message, header.msg_type, parent_id)
+                if self._attachment.is_behind:
+                    self._restore(parent)
+                self._take(message, header.msg_type, parent.msg_id)
             except (ValueError, RecursionError) as error:
                 # Kernels run what users write; what they send may be anything.
                 log.warning("kernel %s sent what is no message: %s", self.kernel.id, error)
@@ -350,6 +391,19 @@ class _KernelSession:
                 f"the kernel ended: {kernel.reason}" if kernel.reason else "the kernel ended"
             )
 
+    def _restore(self, parent: _Parent) -> None:
+        """A run that another gateway made, as far as the journal tells: not its timeout."""
+        is_run = parent.session == SESSION and parent.msg_type == "execute_request"
+        if not is_run or self._runs.knows(parent.msg_id):
+            return
+        request = Execute(code="", allow_stdin=True)
+        run = Run(
+            parent.msg_id, self.kernel.id, self.kernel.owner, request, self._runs.max_run_size
+        )
+        run.timings.created = parent.date or run.timings.created
+        self._runs.add(run)
+        self._known[run.id] = self._going_on[run.id] = run
+
     def _take(self, message: KernelMessage, msg_type: str, parent_id: str) -> None:
         content = message.parts[3]
         run = self._known.get(parent_id)
@@ -367,7 +421,9 @@ class _KernelSession:
         elif msg_type == "status":
             self._take_status(run, decode(content, Status).execution_state)
         elif msg_type == "execute_input":
-            self._start(run, decode(content, _ExecuteInput).execution_count)
+            told = decode(content, _ExecuteInput)
+            run.request.code = run.request.code or told.code
+            self._start(run, told.execution_count)
         elif message.channel == "iopub":
             run.take_output(msg_type, content)
 
@@ -442,8 +498,16 @@ class _KernelSession:
         self._timers[run.id] = self._loop.call_later(delay, then, run)
 
 
+class _Parent(msgspec.Struct):
+    msg_id: str = ""
+    msg_type: str = ""
+    session: str = ""
+    date: datetime | None = None
+
+
 class _ExecuteInput(msgspec.Struct):
     execution_count: int | None = None
+    code: str = ""
 
 
 class _Transient(msgspec.Struct, frozen=True):

@@ -73,6 +73,8 @@ class Attached:
         self.acknowledged = 0
         self.is_paused = False
         self.is_behind = False
+        self.caught_up = asyncio.Event()
+        self.caught_up.set()
         self._next = 1
         self.sent: asyncio.Queue[tuple[str, list[bytes]]] = asyncio.Queue()
         self.is_closed = False

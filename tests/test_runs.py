@@ -20,9 +20,9 @@ from sorna_jupyter.exceptions import (
     Unavailable,
 )
 from sorna_jupyter.kernels import Kernel
-from sorna_jupyter.protocol import Batch, KernelMessage, KernelStatus, Limits
+from sorna_jupyter.protocol import Batch, Gap, KernelMessage, KernelStatus, Limits
 from sorna_jupyter.run import EOF, Execute, InputRequest, Run, RunStatus
-from sorna_jupyter.runs import Runs
+from sorna_jupyter.runs import SESSION, Runs
 from tests.waiting import until
 
 KERNEL_ID = "11111111-2222-4333-8444-555555555555"
@@ -216,6 +216,8 @@ class PlayedKernels:
         self.attached: list[tuple[str, Any]] = []
         self.interrupts: list[str] = []
         self.stopped: list[tuple[str, str]] = []
+        self.journal: list[tuple[str, str, Any, dict[str, str]]] = []
+        self.is_behind = False
         self.failure: SornaError | None = None
         self.interrupt_failure: SornaError | None = None
 
@@ -226,9 +228,22 @@ class PlayedKernels:
             raise KernelNotFound(kernel_id)
         return self.kernel
 
-    def attach(self, kernel_id: str, session_id: str, listener: Any) -> PlayedKernels:
+    def attach(
+        self, kernel_id: str, session_id: str, listener: Any, *, resumes: bool = False
+    ) -> PlayedKernels:
+        assert resumes
         self.attached.append((session_id, listener))
         return self
+
+    async def catch_up(self) -> None:
+        """What an earlier gateway left in the journal."""
+        self.is_behind = True
+        for message in self.journal:
+            self.says(*message)
+        self.is_behind = False
+
+    def acknowledge(self, seq: int) -> None:
+        self.journal.clear()
 
     def close(self) -> None:
         self.attached.pop()
@@ -253,10 +268,11 @@ class PlayedKernels:
 
     # what the test does
 
-    def says(self, channel: str, msg_type: str, content: Any, parent: str) -> None:
+    def says(self, channel: str, msg_type: str, content: Any, parent: str | dict[str, str]) -> None:
         session_id, listener = self.attached[-1]
         header = {"msg_id": f"kernel-{msg_type}", "msg_type": msg_type}
-        parts = [json.dumps(part).encode() for part in (header, {"msg_id": parent}, {}, content)]
+        parent_header = {"msg_id": parent} if isinstance(parent, str) else parent
+        parts = [json.dumps(part).encode() for part in (header, parent_header, {}, content)]
         session = "" if channel == "iopub" else session_id
         message = KernelMessage.of(KERNEL_ID, 1, session, channel, parts)
         listener.on_kernel_messages(Batch([message]))
@@ -706,3 +722,73 @@ async def test_a_kernel_made_for_one_run_is_stopped_with_the_gateway(
     await runs.close()
 
     assert [kernel_id for kernel_id, _ in kernels.stopped] == [KERNEL_ID]
+
+
+# -- runs of another gateway -----------------------------------------------------------------
+
+
+def told_by_the_journal(run_id: str) -> list[tuple[str, str, Any, dict[str, str]]]:
+    parent = {
+        "msg_id": run_id,
+        "msg_type": "execute_request",
+        "session": SESSION,
+        "date": "2026-01-02T03:04:05Z",
+    }
+    return [
+        ("iopub", "status", {"execution_state": "busy"}, parent),
+        ("iopub", "execute_input", {"code": "print(1)", "execution_count": 3}, parent),
+        ("iopub", "stream", {"name": "stdout", "text": "1\n"}, parent),
+        ("shell", "execute_reply", {"status": "ok", "execution_count": 3}, parent),
+        ("iopub", "status", {"execution_state": "idle"}, parent),
+    ]
+
+
+async def test_a_run_that_another_gateway_made_is_read_back_from_the_journal(
+    runs: Runs, kernels: PlayedKernels
+) -> None:
+    kernels.journal = told_by_the_journal("r1")
+
+    run = await runs.find("r1", KERNEL_ID)
+
+    result = run.result()
+    assert (result.status, result.execution_count) == (RunStatus.OK, 3)
+    assert [output["text"] for output in msgspec.to_builtins(result.outputs)] == ["1\n"]
+    assert (run.request.code, run.owner) == ("print(1)", kernels.kernel.owner)
+    assert result.timings.created.year == 2026
+    assert [run.id for run in await runs.list_all(KERNEL_ID)] == ["r1"]
+
+
+async def test_a_run_that_goes_on_is_followed_from_where_another_gateway_left_it(
+    runs: Runs, kernels: PlayedKernels
+) -> None:
+    *begun, reply, idle = told_by_the_journal("r1")
+    kernels.journal = begun
+
+    run = await runs.find("r1", KERNEL_ID)
+    assert run.status is RunStatus.RUNNING
+
+    kernels.says(*reply)
+    kernels.says(*idle)
+    assert run.status is RunStatus.OK
+
+
+async def test_a_run_that_nobody_made_is_not_found(runs: Runs, kernels: PlayedKernels) -> None:
+    with pytest.raises(RunNotFound):
+        await runs.find("r1", KERNEL_ID)
+
+
+async def test_where_the_answer_fell_out_of_the_journal_the_run_is_lost_not_waited_for(
+    runs: Runs, kernels: PlayedKernels
+) -> None:
+    run = runs.submit(KERNEL_ID, Execute(code="1"))
+    await kernels.sent.get()
+    _, listener = kernels.attached[-1]
+
+    listener.on_kernel_gap(Gap(KERNEL_ID, 5, 9, 1000, "the disk was full"))
+    _, question, _ = await kernels.sent.get()
+    kernels.says("shell", "kernel_info_reply", {"status": "ok"}, question["msg_id"])
+    await asyncio.wait_for(run.over.wait(), 5)
+
+    assert run.status is RunStatus.LOST
+    assert "the disk was full" in (run.reason or "")
+    assert "the disk was full" in str(msgspec.to_builtins(run.result().outputs))

@@ -105,9 +105,12 @@ class RunHandler(StreamHandler):
         prefer = self.request.headers.get("Prefer", "")
         self.prefers_async, self.wait = _preference(prefer)
 
-    def own_run(self, run_id: str, kernel_id: str | None = None) -> Run:
+    async def own_run(self, run_id: str, kernel_id: str | None = None) -> Run:
         """Runs outlive their kernels and what is known of those, so the owner is compared here."""
-        run = self.runs.get(run_id, kernel_id)
+        if kernel_id is None:
+            run = self.runs.get(run_id)
+        else:
+            run = await self.runs.find(run_id, kernel_id)
         if run.owner != self.username:
             raise RunNotFound(run_id)
         return run
@@ -161,7 +164,7 @@ class RunsHandler(SornaAPIHandler):
     @authorized
     async def get(self, kernel_id: str) -> None:
         """Those that go on and those that are kept, oldest first, without their outputs."""
-        runs = [run for run in self.runs.list(kernel_id) if run.owner == self.username]
+        runs = [run for run in await self.runs.list_all(kernel_id) if run.owner == self.username]
         if not runs:
             self.kernels.get(kernel_id)
         self.write_json([run.summary() for run in runs])
@@ -171,14 +174,14 @@ class OneRunHandler(RunHandler):
     @web.authenticated
     @authorized
     async def get(self, kernel_id: str, run_id: str) -> None:
-        await self.answer(self.own_run(run_id, kernel_id), self.wait or 0)
+        await self.answer(await self.own_run(run_id, kernel_id), self.wait or 0)
 
 
 class InputHandler(RunHandler):
     @web.authenticated
     @authorized
     async def post(self, kernel_id: str, run_id: str) -> None:
-        self.runs.answer(self.own_run(run_id, kernel_id), self.body(Input).value)
+        self.runs.answer(await self.own_run(run_id, kernel_id), self.body(Input).value)
         self.set_status(204)
         self.finish()
 
@@ -205,14 +208,14 @@ class OwnRunHandler(RunHandler):
     @web.authenticated
     @authorized
     async def get(self, run_id: str) -> None:
-        await self.answer(self.own_run(run_id), self.wait or 0)
+        await self.answer(await self.own_run(run_id), self.wait or 0)
 
 
 class OwnInputHandler(RunHandler):
     @web.authenticated
     @authorized
     async def post(self, run_id: str) -> None:
-        self.runs.answer(self.own_run(run_id), self.body(Input).value)
+        self.runs.answer(await self.own_run(run_id), self.body(Input).value)
         self.set_status(204)
         self.finish()
 
