@@ -498,9 +498,7 @@ class Relay:
             message.execution_state,
         )
         if was_unknown and not message.ask_ready:
-            kernel.note_loss(
-                "the agent's relay was restarted; output of that moment may be missing"
-            )
+            kernel.note_loss("the agent's relay was restarted")
 
     def _add_kernel(self, kernel_id: bytes, *, is_running: bool) -> KernelSide:
         # Of a kernel that runs, others know numbers already: if its journal is lost, ours must be
