@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     keys = options.servers.split(",") if options.servers else [s.key for s in all_servers()]
     keys = [key for key in keys if any(key in measure.servers for measure in measures)]
+    allow_many_files()
     results = Results.of(scale)
     with running([s for s in all_servers() if s.key in keys], results, console) as servers:
         beds = [Bed(server, scale) for server in servers]
@@ -70,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.docs:
         report.write_docs(results, DOCS)
     return 0
+
+
+def allow_many_files() -> None:
+    """To this process and to all that it starts."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

@@ -76,6 +76,16 @@ def start_kernels(server: Server, spec: str, count: int) -> list[Kernel]:
         return list(pool.map(lambda _: server.start_kernel(spec), range(count)))
 
 
+@contextmanager
+def fresh_kernels(server: Server, spec: str, count: int) -> Iterator[list[Kernel]]:
+    """Gone at the end."""
+    kernels = start_kernels(server, spec, count)
+    try:
+        yield kernels
+    finally:
+        stop_kernels(server, kernels)
+
+
 def stop_kernels(server: Server, kernels: list[Kernel]) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(server.stop_kernel, kernels))
