@@ -24,15 +24,13 @@ class Scale:
     messages: int
     """of a burst"""
     fanout_messages: int
-    crowd: int
-    """the most kernels that execute at once"""
     flood: int
     """MiB that a stalled reader leaves unread"""
     idle_kernels: int
 
 
-FULL = Scale(5, 300, 1.5, 20_000, 3_000, 64, 200, 200)
-QUICK = Scale(2, 40, 0.5, 5_000, 1_000, 8, 50, 20)
+FULL = Scale(5, 300, 1.5, 20_000, 3_000, 200, 200)
+QUICK = Scale(2, 40, 0.5, 5_000, 1_000, 50, 20)
 
 
 class Bed:
