@@ -52,6 +52,8 @@ setup(
         "landlock>=1.0.0.dev5; sys_platform == 'linux'",
     ],
     extras_require={
+        # What `python -m benchmarks` compares us with, and what draws its chart.
+        "bench": ["jupyter_kernel_gateway>=3.0.1", "matplotlib"],
         "test": [
             "pytest>=9",
             "pytest-asyncio>=1",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -51,12 +53,19 @@ def main(argv: list[str] | None = None) -> int:
     changes = {"rounds": options.rounds, "idle_kernels": options.idle_kernels}
     scale = dataclasses.replace(scale, **{k: v for k, v in changes.items() if v is not None})
     wanted = tuple(options.only or [""])
-    measures = [measure for measure in MEASURES if measure.name.startswith(wanted)]
+    measures = [
+        measure
+        for measure in MEASURES
+        if measure.name.startswith(wanted) and (measure.is_quick or not options.quick)
+    ]
     if not measures:
         console.print(f"no measure begins with {options.only}")
         return 2
     keys = options.servers.split(",") if options.servers else [s.key for s in all_servers()]
     keys = [key for key in keys if any(key in measure.servers for measure in measures)]
+    # What was started is stopped also then.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    allow_many_files()
     results = Results.of(scale)
     with running([s for s in all_servers() if s.key in keys], results, console) as servers:
         beds = [Bed(server, scale) for server in servers]
@@ -70,6 +79,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.docs:
         report.write_docs(results, DOCS)
     return 0
+
+
+def allow_many_files() -> None:
+    """To this process and to all that it starts."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

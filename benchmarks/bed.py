@@ -24,15 +24,13 @@ class Scale:
     messages: int
     """of a burst"""
     fanout_messages: int
-    crowd: int
-    """the most kernels that execute at once"""
     flood: int
     """MiB that a stalled reader leaves unread"""
     idle_kernels: int
 
 
-FULL = Scale(5, 300, 1.5, 20_000, 3_000, 64, 200, 200)
-QUICK = Scale(2, 40, 0.5, 5_000, 1_000, 8, 50, 20)
+FULL = Scale(5, 300, 1.5, 20_000, 3_000, 200, 200)
+QUICK = Scale(2, 40, 0.5, 5_000, 1_000, 50, 20)
 
 
 class Bed:
@@ -74,6 +72,16 @@ def start_kernels(server: Server, spec: str, count: int) -> list[Kernel]:
     """A few at a time, as a server can take it."""
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(lambda _: server.start_kernel(spec), range(count)))
+
+
+@contextmanager
+def fresh_kernels(server: Server, spec: str, count: int) -> Iterator[list[Kernel]]:
+    """Gone at the end."""
+    kernels = start_kernels(server, spec, count)
+    try:
+        yield kernels
+    finally:
+        stop_kernels(server, kernels)
 
 
 def stop_kernels(server: Server, kernels: list[Kernel]) -> None:

@@ -29,7 +29,6 @@ V1 = "v1.kernel.websocket.jupyter.org"
 CHUNK = 1 << 18
 BIG = 1 << 16
 """bytes of a ZeroMQ frame above which it is counted, not kept"""
-LARGEST_STATUS = 4096
 GOODBYE_TIMEOUT = 10.0
 TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A
 """first bytes of frames"""
@@ -64,12 +63,12 @@ class Execution:
     def take(self, messages: list[bytes]) -> None:
         self.messages += messages
         for message in messages:
-            if len(message) >= LARGEST_STATUS:
-                continue
-            if b'"idle"' in message:
+            # Searched only where it stands: a search of whole messages costs more than all else.
+            if message.find(b'"idle"', -150) >= 0:
                 self.is_idle = self.is_idle or self.msg_id in message
-            elif b'"execute_reply"' in message:
-                self.has_reply = self.has_reply or self.msg_id in message
+            elif message.find(b"shell", 0, 90) >= 0 or message.find(b'"shell"', -60) >= 0:
+                if b'"execute_reply"' in message and self.msg_id in message:
+                    self.has_reply = True
 
 
 class Client(ABC):
@@ -184,7 +183,7 @@ class ZmqClient(Client):
 
     def receive_nowait(self) -> list[bytes]:
         messages: list[bytes] = []
-        for channel in (self._iopub, self._shell):
+        for channel, name in ((self._iopub, b""), (self._shell, b"shell")):
             receive = channel.recv_multipart
             try:
                 while True:
@@ -192,7 +191,7 @@ class ZmqClient(Client):
                     self.received += sum(map(len, parts))
                     if len(parts[-1]) > BIG:
                         parts = [part for part in parts if len(part) <= BIG]
-                    messages.append(b"".join(parts))
+                    messages.append(b"".join((name, *parts)))
             except zmq.Again:
                 continue
         return messages

@@ -11,14 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.bed import Bed, start_kernels, stop_kernels
+from benchmarks.bed import Bed, fresh_kernels
 from benchmarks.clients import Client, Crowd, Execution, numbers
 from benchmarks.processes import Usage
 from benchmarks.rows import OURS, PEERS, SHIPPED
-from benchmarks.servers import NULL, PYTHON, HttpServer, Kernel, Unavailable
+from benchmarks.servers import NULL, PYTHON, HttpServer, Kernel
 
 Numbers = dict[str, float]
 
@@ -35,6 +36,8 @@ class Measure:
     servers: Sequence[str] = ("direct", *SERVERS)
     rounds: int | None = None
     """at most"""
+    is_quick: bool = True
+    """whether `--quick` has it, too"""
 
 
 # -- one execute at a time --
@@ -67,7 +70,7 @@ def list_kernels(bed: Bed) -> Numbers:
 
 
 def _loop(client: Client, count: int, seconds: float) -> list[float]:
-    times = []
+    times: list[float] = []
     deadline = time.perf_counter() + seconds
     while len(times) < count and (start := time.perf_counter()) < deadline:
         client.execute("pass")
@@ -140,7 +143,7 @@ def fanout(bed: Bed, count: int) -> Numbers:
     kernel = bed.kernel(NULL)
     clients = [bed.server.connect(kernel) for _ in range(count)]
     try:
-        _hear(clients, "0")
+        _wait_until_all_hear(clients)
         before, start = bed.usage(), time.perf_counter()
         heard, end = _hear(clients, f"stream {messages}")
         got = sum(len(numbers(received)) for received in heard)
@@ -154,12 +157,23 @@ def fanout(bed: Bed, count: int) -> Numbers:
             client.close()
 
 
-def _hear(clients: list[Client], code: str) -> tuple[list[list[bytes]], float]:
+def _wait_until_all_hear(clients: list[Client]) -> None:
+    """A server may answer a websocket before it has subscribed to the kernel's output for it."""
+    for _ in range(100):
+        heard, _end = _hear(clients, "0", quiet=0.3)
+        if all(any(b'"idle"' in message for message in messages) for messages in heard):
+            return
+    raise TimeoutError(f"not all of {len(clients)} clients hear the kernel")
+
+
+def _hear(
+    clients: list[Client], code: str, quiet: float = QUIET
+) -> tuple[list[list[bytes]], float]:
     """The first one executes it: what each of them hears, and when the last message came."""
     asked = clients[0].start(code)
     executions = {client: Execution(asked.msg_id.decode()) for client in clients}
     crowd, end, waiting = Crowd(clients), time.perf_counter(), set(clients)
-    while waiting and (heard := crowd.receive(QUIET)):
+    while waiting and (heard := crowd.receive(quiet)):
         for client, received in heard:
             executions[client].take(received)
             if executions[client].is_idle:
@@ -170,8 +184,6 @@ def _hear(clients: list[Client], code: str) -> tuple[list[list[bytes]], float]:
 
 def parallel(bed: Bed, count: int) -> Numbers:
     """Kernels that each get the next execute when the last one is answered."""
-    if count > bed.scale.crowd:
-        raise Unavailable("only in a full run")
     clients = [bed.server.connect(kernel) for kernel in bed.kernels(NULL, count)]
     try:
         for client in clients:
@@ -236,30 +248,28 @@ def reconnect(bed: Bed) -> Numbers:
 
 
 def _go_and_return(server: HttpServer, absence: Absence) -> Numbers:
-    [kernel] = start_kernels(server, NULL, 1)
-    first = server.connect(kernel)
-    company = server.connect(kernel) if absence.has_company else None
-    first.execute("0")
-    execution = first.start(f"stream {absence.count} 0 {absence.rate}")
-    deadline = time.perf_counter() + 0.5
-    while (left := deadline - time.perf_counter()) > 0:
-        execution.take(first.receive(left))
-    if absence.resets:
-        first.reset()
-    else:
-        execution.take(first.say_goodbye())
-    time.sleep(absence.away)
-    second = server.connect(kernel, session=first.session if absence.keeps_session else None)
-    second.collect(execution, QUIET)
-    got = numbers(execution.messages)
-    if not absence.keeps_session and (kept := _kept_messages(server, kernel)) is not None:
-        # It holds all, from the first on: alone, it must be exact.
-        got = numbers(kept)
-        execution.take(kept)
-    for client in (second, company):
-        if client is not None:
-            client.close()
-    server.stop_kernel(kernel)
+    with fresh_kernels(server, NULL, 1) as [kernel], ExitStack() as stack:
+        first = server.connect(kernel)
+        if absence.has_company:
+            stack.callback(server.connect(kernel).close)
+        first.execute("0")
+        execution = first.start(f"stream {absence.count} 0 {absence.rate}")
+        deadline = time.perf_counter() + 0.5
+        while (left := deadline - time.perf_counter()) > 0:
+            execution.take(first.receive(left))
+        if absence.resets:
+            first.reset()
+        else:
+            execution.take(first.say_goodbye())
+        time.sleep(absence.away)
+        second = server.connect(kernel, session=first.session if absence.keeps_session else None)
+        stack.callback(second.close)
+        second.collect(execution, QUIET)
+        got = numbers(execution.messages)
+        if not absence.keeps_session and (kept := _kept_messages(server, kernel)) is not None:
+            # It holds all, from the first on: alone, it must be exact.
+            got = numbers(kept)
+            execution.take(kept)
     return {
         "lost": absence.count - len(set(got)),
         "doubled": len(got) - len(set(got)),
@@ -276,6 +286,10 @@ def _kept_messages(server: HttpServer, kernel: Kernel) -> list[bytes] | None:
     return content.splitlines() if status == 200 else None
 
 
+MOST_OF_A_PEER = 100
+"""kernels; with 200 and a websocket each they have no ZeroMQ sockets left"""
+SETTLING, LOOKING = 2.0, 5.0
+"""seconds in which idle kernels do what they still have to do, and are then looked at"""
 PIECE = 1 << 16
 """bytes of a message of the flood"""
 
@@ -323,19 +337,36 @@ def _flood(bed: Bed, *, stalls: bool) -> Numbers:
 
 
 def idle(bed: Bed) -> Numbers:
-    """Memory and processor time of many idle kernels."""
+    """Memory and processor time of many idle kernels, alone and each with an open websocket."""
     count = bed.scale.idle_kernels
+    if bed.server.key in PEERS:
+        count = min(count, MOST_OF_A_PEER)
     bed.kernels(NULL, 1)
     before = bed.usage()
-    kernels = start_kernels(bed.server, NULL, count)
-    time.sleep(2)
-    full = bed.usage()
-    time.sleep(5)
-    cpu = _cpu(bed.usage(), full, "cpu", 1e3 / count / 5)
-    grown = full.memory_since(before)
-    stop_kernels(bed.server, kernels)
-    agent = {"agent": (grown["agent"] + grown["relay"]) / count / MIB} if "agent" in grown else {}
-    return {"gateway": grown["gateway"] / count / MIB, **agent, **cpu}
+    with fresh_kernels(bed.server, NULL, count) as kernels, ExitStack() as stack:
+        time.sleep(SETTLING)
+        alone = bed.usage()
+        for kernel in kernels:
+            client = bed.server.connect(kernel)
+            stack.callback(client.close)
+            client.execute("0")
+        time.sleep(SETTLING)
+        full = bed.usage()
+        time.sleep(LOOKING)
+        cpu = _cpu(bed.usage(), full, "cpu", 1e3 / count / LOOKING)
+    return {
+        **_memory(alone.memory_since(before), "alone", count),
+        **_memory(full.memory_since(before), "open", count),
+        **cpu,
+    }
+
+
+def _memory(grown: dict[str, int], name: str, count: int) -> Numbers:
+    """MiB a kernel: of the gateway, and of agent and relay together."""
+    gateway = {f"{name}.gateway": grown["gateway"] / count / MIB}
+    if "agent" not in grown:
+        return gateway
+    return {**gateway, f"{name}.agent": (grown["agent"] + grown["relay"]) / count / MIB}
 
 
 def _cpu(now: Usage, before: Usage, name: str, factor: float) -> Numbers:
@@ -348,6 +379,8 @@ def _cpu(now: Usage, before: Usage, name: str, factor: float) -> Numbers:
 
 
 MEASURES = [
+    # First, as a server that has worked has memory left that it can give to a kernel.
+    Measure("idle", idle, (*PEERS, "sorna-local"), rounds=1),
     Measure("rtt-ipykernel", partial(round_trip, spec=PYTHON)),
     Measure("rtt-null", partial(round_trip, spec=NULL)),
     Measure("burst-v1", partial(burst, framing="v1")),
@@ -359,11 +392,10 @@ MEASURES = [
     Measure("fanout-20", partial(fanout, count=20)),
     Measure("parallel-1", partial(parallel, count=1)),
     Measure("parallel-8", partial(parallel, count=8)),
-    Measure("parallel-64", partial(parallel, count=64)),
+    Measure("parallel-64", partial(parallel, count=64), is_quick=False),
     Measure("bulk-text", partial(bulk, setup=TEXT_SETUP, statement=TEXT)),
     Measure("bulk-binary", partial(bulk, setup=BINARY_SETUP, statement=BINARY)),
     Measure("list-kernels", list_kernels, SERVERS),
     Measure("reconnect", reconnect, (*PEERS, "sorna-local"), rounds=2),
-    Measure("idle", idle, (*PEERS, "sorna-local"), rounds=1),
     Measure("stalled", stalled_reader, (*PEERS, "sorna-local"), rounds=1),
 ]

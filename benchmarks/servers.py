@@ -243,7 +243,11 @@ class KernelGateway(HttpServer):
 
 
 class Sorna(HttpServer):
-    """`jupyter sorna`, with a runtime."""
+    """`jupyter sorna`, with a runtime.
+
+    Its agent joins by itself rather than being embedded, which carries messages the same way, but
+    can be told to take more kernels than this machine would offer.
+    """
 
     def __init__(self, key: str, title: str, runtime: str) -> None:
         super().__init__(key, title)
@@ -255,12 +259,31 @@ class Sorna(HttpServer):
             *("--headless", "--no-browser", f"--runtime={self.runtime}"),
             *("--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.address[1]}"),
             f"--IdentityProvider.token={self.token}",
+            "--SornaApp.embedded_agent=False",
         ]
 
     def start(self) -> None:
         super().start()
+        keys = self.home.data / "sorna/keys"
+        self._agent = self.home.spawn(
+            [
+                *(sys.executable, "-m", "sorna_agent.app", f"--runtime={self.runtime}"),
+                f"--manager-addr=ipc://{self.home.runtime}/manager.sock",
+                f"--manager-key={json.loads((keys / 'gateway.json').read_text())['public']}",
+                f"--join-token-file={keys / 'join_token'}",
+                *(f"--data-dir={self.home.root}/agent", f"--runtime-dir={self.home.runtime}"),
+                *("--max-kernels=10000", "--memory-overcommit=1000", "--log-level=WARNING"),
+            ],
+            "agent.log",
+        )
         self._wait_until(lambda: {"gateway", "agent", "relay"} <= self.roles().keys(), 60)
         self._wait_for_kernelspecs()
+
+    def stop(self) -> None:
+        # First, as it takes its kernels with it.
+        if self._home is not None and hasattr(self, "_agent"):
+            stop_process(self._agent, signal.SIGTERM)
+        super().stop()
 
     def roles(self) -> Roles:
         modules = {"sorna_agent.app": "agent", "sorna_agent.relay": "relay"}
@@ -328,6 +351,7 @@ class Home:
         self.root = Path(tempfile.mkdtemp(prefix="sb-", dir="/tmp"))
         self.mark = f"{MARK}={uuid.uuid4().hex}"
         self.data = self.root / "data"
+        self.runtime = self.root / "r"
         spec = self.data / "kernels" / NULL
         spec.mkdir(parents=True)
         shutil.copy(NULL_KERNEL, spec)
@@ -344,7 +368,7 @@ class Home:
             "JUPYTER_DATA_DIR": self.data,
             "JUPYTER_CONFIG_DIR": self.root / "etc",
             "JUPYTER_RUNTIME_DIR": self.root / "run",
-            "SORNA_RUNTIME_DIR": self.root / "r",
+            "SORNA_RUNTIME_DIR": self.runtime,
         }
         kept = {n: v for n, v in os.environ.items() if not n.startswith(theirs)}
         base = {n: v for n, v in os.environ.items() if n == "SORNA_BASE_IMAGE"}
