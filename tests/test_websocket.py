@@ -10,7 +10,12 @@ from tornado.websocket import websocket_connect
 
 from sorna_jupyter.exceptions import AgentUnreachable, KernelNotFound, KernelStartFailed
 from sorna_jupyter.protocol import Batch, KernelMessage
-from sorna_jupyter.websocket import SornaWebsocketConnection, is_proxy, websocket_frame
+from sorna_jupyter.websocket import (
+    SornaWebsocketConnection,
+    is_proxy,
+    websocket_frame,
+    with_streams_joined,
+)
 from sorna_jupyter.wire import LEGACY, V1, V1_PROTOCOL
 from tests.jupyter_app import KERNEL_INFO, TOKEN, running_app
 from tests.waiting import until
@@ -346,6 +351,62 @@ async def test_a_client_that_does_not_read_lags_and_costs_nobody_else(tmp_path):
 def never_written(stream):
     """A client that reads nothing: what is written to it stays."""
     return lambda data: asyncio.get_running_loop().create_future()
+
+
+async def test_a_pong_acknowledges_what_the_client_has(app, socket):
+    attached = app.agents.attached[0]
+    for i in range(3):
+        attached.emit("iopub", "stream", {"name": "stdout", "text": str(i)})
+        await socket.receive()
+
+    await until(lambda: attached.acknowledged == 3)
+
+
+async def test_what_may_come_twice_is_acknowledged_later_and_not_with_every_execute(app, socket):
+    attached = app.agents.attached[0]
+    attached.emit("iopub", "status", {"execution_state": "busy"})
+    await socket.receive()
+    assert attached.acknowledged == 0
+
+    await until(lambda: attached.acknowledged == 1)
+
+
+async def test_a_pong_that_nobody_asked_for_acknowledges_nothing(app, socket):
+    attached = app.agents.attached[0]
+    stream = socket.connection.stream
+    await stream.write(b"\x8a\x88\0\0\0\0" + (99).to_bytes(8, "big"))
+    attached.emit("iopub", "stream", {"name": "stdout", "text": "x"})
+
+    await until(lambda: attached.acknowledged)
+    assert attached.acknowledged == 1
+
+
+def test_streams_are_joined_for_who_lags_and_nothing_else_is():
+    def message(seq, msg_type, content, parent="p"):
+        parts = [{"msg_id": f"m{seq}", "msg_type": msg_type}, {"msg_id": parent}, {}, content]
+        encoded = [json.dumps(part).encode() for part in parts]
+        return KernelMessage.of("k", seq, "", "iopub", encoded)
+
+    def out(seq, text, name="stdout", parent="p"):
+        return message(seq, "stream", {"name": name, "text": text}, parent)
+
+    picture = message(6, "display_data", {"data": {}})
+    broken = message(8, "stream", {"name": 3})
+
+    joined = with_streams_joined(
+        Batch(
+            [
+                *(out(1, "a"), out(2, "b"), out(3, "c")),
+                *(out(4, "e", "stderr"), out(5, "x", parent="q")),
+                *(picture, out(7, "d"), broken),
+            ]
+        )
+    )
+
+    texts = [json.loads(m.parts[3]).get("text") for m in joined.messages]
+    assert texts == ["abc", "e", "x", None, "d", None]
+    assert [m.seq for m in joined.messages] == [3, 4, 5, 6, 7, 8]
+    assert joined.next == 9
 
 
 async def test_a_kernels_broken_header_costs_one_message_and_not_the_socket(app, kernel_id):

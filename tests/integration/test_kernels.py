@@ -50,12 +50,16 @@ OWNER = "ada"
 class Client:
     """One client session, which remembers what it was told."""
 
-    def __init__(self, kernels: Kernels, kernel_id: str) -> None:
-        self.session_id = uuid.uuid4().hex
+    def __init__(
+        self, kernels: Kernels, kernel_id: str, session_id: str = "", *, resumes: bool = False
+    ) -> None:
+        self.session_id = session_id or uuid.uuid4().hex
         self.messages: list[KernelMessage] = []
         self.events: list[tuple[KernelStatus, str]] = []
         self._news = asyncio.Event()
-        self._attachment = kernels.attach(kernel_id, self.session_id, self, counts=True)
+        self.attachment = kernels.attach(
+            kernel_id, self.session_id, self, counts=True, resumes=resumes
+        )
 
     def on_kernel_gap(self, gap: Gap) -> None:
         raise AssertionError(gap)
@@ -79,7 +83,7 @@ class Client:
             "version": "5.3",
         }
         parts = [header, {}, {}, content]
-        self._attachment.send(channel, [json.dumps(part).encode() for part in parts])
+        self.attachment.send(channel, [json.dumps(part).encode() for part in parts])
         return msg_id
 
     def execute(self, code: str) -> str:
@@ -119,7 +123,7 @@ class Client:
         )
 
     def close(self) -> None:
-        self._attachment.close()
+        self.attachment.close()
 
 
 def _parent(message: KernelMessage) -> str:
@@ -228,6 +232,72 @@ async def test_two_clients_see_one_kernel_and_each_gets_its_own_replies(house: H
     one.close()
     one.close()
     assert kernel.connections == 1
+
+
+async def test_a_client_that_pauses_lags_and_misses_nothing_and_others_go_on(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    quick, slow = Client(house.kernels, kernel.id), Client(house.kernels, kernel.id)
+    await quick.output(quick.execute("1"))
+    slow.attachment.pause()
+    before = len(slow.messages)
+
+    run = quick.execute("for i in range(2000): print(i, flush=True)")
+    assert await quick.output(run) == "".join(f"{i}\n" for i in range(2000))
+    assert len(slow.messages) == before
+
+    slow.attachment.resume()
+    assert await slow.output(run) == "".join(f"{i}\n" for i in range(2000))
+    later = quick.execute("print('together again')")
+    for client in (quick, slow):
+        assert await client.output(later) == "together again\n"
+        iopub = [m.seq for m in client.messages if m.channel == "iopub"]
+        assert iopub == sorted(set(iopub))
+    assert not slow.attachment.is_behind
+
+
+async def test_a_session_that_comes_back_begins_behind_what_it_acknowledged(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    laptop = Client(house.kernels, kernel.id, "laptop", resumes=True)
+    await laptop.output(laptop.execute("print('one')"))
+    read = laptop.messages[-1].seq
+    laptop.attachment.acknowledge(read)
+    unfinished = laptop.execute("import time; time.sleep(0.5); print('two')")
+    await laptop.until(lambda: laptop.messages[-1].seq > read)  # busy: it has begun
+    laptop.close()
+    other = Client(house.kernels, kernel.id)
+    await other.output(other.execute("print('three')"))
+
+    back = Client(house.kernels, kernel.id, "laptop", resumes=True)
+
+    assert await back.output(unfinished) == "two\n"
+    assert (await back.reply(unfinished))["status"] == "ok"
+    last = max(m.seq for m in other.messages if not m.session)
+    await back.until(lambda: any(m.seq == last for m in back.messages))
+    assert back.messages[0].seq == read + 1
+    assert [m.seq for m in back.messages] == sorted({m.seq for m in back.messages})
+
+
+async def test_the_journal_is_read_by_number_to_its_end_or_as_it_grows(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+    await client.output(client.execute("print('one')"))
+
+    found = [m async for m in house.kernels.messages(kernel.id)]
+
+    assert [m.seq for m in found] == list(range(1, len(found) + 1))
+    assert [m.parts for m in found if m.channel == "iopub"][-1] == client.messages[-1].parts
+    assert [m.seq async for m in house.kernels.messages(kernel.id, since=3)][0] == 3
+    assert [m async for m in house.kernels.messages(kernel.id, since=10_000)] == []
+
+    following = house.kernels.messages(kernel.id, since=len(found) + 1, follow=True)
+    run = client.execute("print('two')")
+    async with asyncio.timeout(30):
+        while (await anext(following)).msg_type != "stream":
+            pass
+    await client.output(run)
+    await house.kernels.stop(kernel.id)
+    async with asyncio.timeout(30):
+        assert [m async for m in following]  # …and ends with the kernel
 
 
 async def test_a_kernel_has_the_environment_and_the_directory_of_its_request(house: House) -> None:
