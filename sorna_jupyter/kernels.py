@@ -437,9 +437,11 @@ class Kernels:
         kernel.readings.append(reading)
         try:
             until = math.inf
-            while not kernel.is_over and reading.next < until:
+            while reading.next < until:
                 async with asyncio.timeout(None if follow else READ_TIMEOUT):
                     items = await reading.receive()
+                if not items and kernel.is_over:
+                    return
                 for item in items:
                     yield item
                 if not follow and until == math.inf:
