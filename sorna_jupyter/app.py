@@ -35,9 +35,11 @@ from sorna_jupyter.exceptions import AlreadyRunning, SornaError, Unavailable
 from sorna_jupyter.faces import jupyter, operations, rest
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.live import LiveState, MemoryLive, RedisLive
+from sorna_jupyter.notebooks import Notebooks, SornaContentsManager
 from sorna_jupyter.protocol import Beat, ImageState, Limits, parse_size
 from sorna_jupyter.registry import Policy, Registry
 from sorna_jupyter.runs import Runs
+from sorna_jupyter.unattended import UnattendedCells
 
 CONTENTS_SERVICES = ("contents", "files", "nbconvert", "view", "edit")
 
@@ -163,6 +165,11 @@ class SornaApp(ExtensionApp):
         help="Seconds after which an idle kernel without connections is stopped, unless its "
         "request said another. 0: never.",
     ).tag(config=True)
+    unattended_after = Float(
+        3,
+        help="Seconds after which a notebook's page that is gone is not waited for any more: what "
+        "its cells put out is then written into the notebook's file.",
+    ).tag(config=True)
     default_kernelspec = Unicode("python3", help="Kernel for requests that name none.").tag(
         config=True
     )
@@ -251,6 +258,9 @@ class SornaApp(ExtensionApp):
             {"websocket_max_message_size": parse_size(self.max_input_message)}
             | dict(self.serverapp.tornado_settings)
         )
+        # Others', such as jupytext's, stay what they are.
+        if "contents_manager_class" not in self.serverapp.config.ServerApp:
+            server["contents_manager_class"] = SornaContentsManager
         if self.headless:
             server["open_browser"] = False
             server["terminals_enabled"] = False
@@ -303,12 +313,23 @@ class SornaApp(ExtensionApp):
             [self.manager_address, f"ipc://{runtime}/manager.sock"],
             self.kernels.hear,
         )
+        if not self.headless:
+            self._attend_notebooks()
         self.settings.update(
             sorna_kernels=self.kernels,
             sorna_runs=self.runs,
             sorna_registry=self.registry,
         )
         self._hand_out(self.serverapp)
+
+    def _attend_notebooks(self) -> None:
+        serverapp: Any = self.serverapp
+        notebooks = Notebooks(serverapp.contents_manager, self.registry)
+        self.unattended = UnattendedCells(
+            self.kernels.messages, notebooks, grace=self.unattended_after
+        )
+        self.kernels.on_change = self.unattended.on_kernel_change
+        serverapp.kernel_manager.unattended = self.unattended
 
     def _hand_out(self, serverapp: Any) -> None:
         """jupyter_server has made our classes before our parts were there."""
@@ -360,6 +381,8 @@ class SornaApp(ExtensionApp):
         undo.push_async_callback(self.listener.stop)
         undo.push_async_callback(self.kernels.close)
         undo.push_async_callback(self.runs.close)
+        if not self.headless:
+            undo.push_async_callback(self.unattended.close)
         if self.embedded_agent:
             embedded = EmbeddedAgent(self._agent_settings())
             embedded.start()

@@ -105,6 +105,10 @@ class KernelStartFailed(SornaError):
     """The kernel did not start."""
 
 
+class NotebookNotWritten(SornaError):
+    """The notebook's file can't be read or written."""
+
+
 class AgentRefused(SornaError):
     """The gateway does not accept this agent."""
 

@@ -43,6 +43,7 @@ from sorna_jupyter.http import status_of
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.protocol import ImageState, ImageStatus, KernelStatus, Limits
 from sorna_jupyter.registry import Registry, SessionRow
+from sorna_jupyter.unattended import UnattendedCells
 
 LOGO = "logo-64x64"
 
@@ -164,6 +165,8 @@ class SornaMappingKernelManager(AsyncMappingKernelManager):
     """The kernels of whoever asks."""
 
     _service: Kernels | None = None
+    unattended: UnattendedCells | None = None
+    """None where no notebooks live with us"""
 
     @property
     def kernels(self) -> Kernels:

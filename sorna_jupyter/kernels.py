@@ -140,6 +140,8 @@ class Kernels:
         """set once an agent has been heard"""
         self.on_beat: Callable[[Beat], None] = lambda beat: None
         """who wants to see the agents' progress: `app` shows it to people"""
+        self.on_change: Callable[[Kernel], None] = lambda kernel: None
+        """who wants to know of every change of a kernel's status, attached or not: `unattended`"""
 
     # -- life of the service
 
@@ -517,6 +519,7 @@ class Kernels:
                 log.info("kernel %s is %s: %s", kernel.id, kernel.status, kernel.reason)
         for attachment in list(kernel.attached):
             attachment.listener.on_kernel_event(kernel)
+        self.on_change(kernel)
 
     async def _end(self, kernel: Kernel, status: KernelStatus, reason: str) -> None:
         mark = (

@@ -128,6 +128,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         except SornaError as error:
             self._close(TRY_AGAIN_LATER, error.message)
             return
+        if unattended := self.multi_kernel_manager.unattended:
+            unattended.connected(self.kernel, self.session_id)
         if self.kernel.status is KernelStatus.PREPARING:
             self._say("iopub", "status", {"execution_state": "starting"})
 
@@ -142,6 +144,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         if self._attachment is not None:
             self._attachment.close()
             self._attachment = None
+            if unattended := self.multi_kernel_manager.unattended:
+                unattended.disconnected(self.kernel_id, self.session_id)
 
     @classmethod
     async def close_all(cls) -> None:
@@ -167,6 +171,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         elif self._attachment is not None:
             if header.msg_type == "execute_request":
                 self._unanswered[header.msg_id] = parts[0]
+                if unattended := self.multi_kernel_manager.unattended:
+                    unattended.executed(self.kernel, self.session_id, parts)
             self._send(channel, parts)
 
     def _send(self, channel: str, parts: list[bytes]) -> None:
@@ -185,10 +191,10 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
                 batch = with_streams_joined(batch)
             else:
                 self._has_lagged = False
-        if self._unanswered:
+        if not batch.for_everyone:
             for message in batch.messages:
                 if message.channel == "shell" and b'"execute_reply"' in message.parts[0]:
-                    self._forget_answered(message.parts[1])
+                    self._forget_answered(message)
         hides = not self.multi_kernel_manager.allow_tracebacks
         if hides or self._is_proxy or self._is_compressed:
             data = b""
@@ -228,6 +234,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         self._pings.popleft()
         if self._attachment is not None:
             self._attachment.acknowledge(seq)
+            if unattended := self.multi_kernel_manager.unattended:
+                unattended.acknowledged(self.kernel_id, self.session_id, seq)
         self._write_bytes(self._ping())
 
     def _ping(self) -> bytes:
@@ -265,9 +273,12 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             # Nothing is said of a restart: front-ends wait for the REST call's answer, and would
             # take a status for another restart, that nobody asked for.
 
-    def _forget_answered(self, parent: bytes) -> None:
+    def _forget_answered(self, message: KernelMessage) -> None:
         with suppress(MalformedFrame):  # a kernel may write what it likes
-            self._unanswered.pop(read_header(parent).msg_id, None)
+            msg_id = read_header(message.parts[1]).msg_id
+            self._unanswered.pop(msg_id, None)
+            if unattended := self.multi_kernel_manager.unattended:
+                unattended.answered(self.kernel_id, self.session_id, msg_id, message.seq)
 
     @property
     def _running(self) -> bytes:

@@ -30,21 +30,38 @@ CHROMIUM_FLAGS = (
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
-    """Debian's Chromium without a window, with a profile of its own."""
+def new_browser(tmp_path: Path) -> Iterator[Callable[[], webdriver.Chrome]]:
+    """Starts Debian's Chromium without a window, each with a profile of its own."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         if os.environ.get("CI"):
             pytest.fail("Chromium: scripts/test should have installed it")
         pytest.skip("no Chromium; scripts/test installs it")
-    options = Options()
-    options.binary_location = chromium
-    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    with webdriver.Chrome(options=options, service=Service(driver)) as chrome:
-        yield chrome
-        # What a failed test was looking at.
-        chrome.save_screenshot(str(tmp_path / "at-the-end.png"))
+    started: list[webdriver.Chrome] = []
+
+    def start() -> webdriver.Chrome:
+        options = Options()
+        options.binary_location = chromium
+        profile = tmp_path / f"profile-{len(started)}"
+        for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        started.append(webdriver.Chrome(options=options, service=Service(driver)))
+        return started[-1]
+
+    yield start
+    for chrome in started:
+        if chrome.service.process.poll() is None:  # else the test has quit it
+            chrome.quit()
+
+
+@pytest.fixture
+def browser(
+    new_browser: Callable[[], webdriver.Chrome], tmp_path: Path
+) -> Iterator[webdriver.Chrome]:
+    chrome = new_browser()
+    yield chrome
+    # What a failed test was looking at.
+    chrome.save_screenshot(str(tmp_path / "at-the-end.png"))
 
 
 @dataclass
