@@ -432,9 +432,12 @@ class Kernels:
         """All that left the kernel, on every channel and for every client, in order, from number
         `since` on; to its end, or with `follow` until the kernel is over.
 
-        Read as fast as the caller iterates. Raises `KernelNotFound`, `AgentUnreachable`.
+        Read as fast as the caller iterates. Raises `KernelNotFound`, `Unavailable`.
         """
-        kernel = await self.wait_ready(kernel_id, self._start_wait)
+        try:
+            kernel = await self.wait_ready(kernel_id, self._start_wait)
+        except TimeoutError:
+            raise Unavailable(f"Kernel {kernel_id} is still starting") from None
         reading = self._agents.read(await self._agent_of(kernel), kernel_id, max(1, since))
         kernel.readings.append(reading)
         try:
