@@ -60,7 +60,7 @@ c = get_config()  # noqa: F821
 # c.SornaApp.max_output_message = "1 GiB"
 # c.SornaApp.output_retention = "64 MiB"       # of each kernel, for who comes late or comes back
 # c.SornaApp.total_output_retention = "8 GiB"  # of all kernels
-# c.SornaApp.unattended_after = 3              # seconds; then the server writes a closed page's cells
+# c.SornaApp.unattended_after = 3             # seconds; then a closed page's outputs are written
 # c.SornaWebsocketConnection.max_unsent_bytes = 16 * 1024**2  # a client
 
 # -- Agents ----------------------------------------------------------------------------------

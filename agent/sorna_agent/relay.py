@@ -80,6 +80,8 @@ ACTIVITY_PAUSE = 0.1
 """seconds between two reports of activity to the agent"""
 SHORTEST_BACKLOG_PAUSE, LONGEST_BACKLOG_PAUSE = 0.002, 0.1
 """seconds until a gateway that takes no more is tried again; doubles while it takes nothing"""
+HOLD_BACK = 0.002
+"""seconds that what tells only that a kernel begins with something waits for the rest"""
 SWEEP_PAUSE = 1.0
 JOURNAL_SWEEP_PAUSE = 60.0
 JOURNAL_MEMORY = 4 << 20
@@ -132,6 +134,7 @@ class Relay:
         self.poller = Poller()
         self._kernels: dict[bytes, KernelSide] = {}
         self._with_output: set[KernelSide] = set()
+        self._held_back: set[KernelSide] = set()
         self._active: set[KernelSide] = set()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_ids = count()
@@ -252,8 +255,19 @@ class Relay:
     def call_later(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_ids), action))
 
-    def on_output(self, kernel: KernelSide) -> None:
-        self._with_output.add(kernel)
+    def on_output(self, kernel: KernelSide, is_urgent: bool = True) -> None:
+        """What is not urgent waits a moment for what is: half of the wake-ups of a quick execute,
+        here and in the gateway."""
+        if is_urgent:
+            self._with_output.add(kernel)
+            return
+        if not self._held_back:
+            self.call_later(HOLD_BACK, self._release)
+        self._held_back.add(kernel)
+
+    def _release(self) -> None:
+        self._with_output |= self._held_back
+        self._held_back.clear()
 
     def on_activity(self, kernel: KernelSide) -> None:
         if not self._active:
@@ -539,6 +553,7 @@ class Relay:
                 kernel.journal.remove()
                 del self._kernels[kernel.id]
                 self._with_output.discard(kernel)
+                self._held_back.discard(kernel)
                 self._active.discard(kernel)
 
 

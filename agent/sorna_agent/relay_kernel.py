@@ -74,7 +74,7 @@ class Watcher(Protocol):
     poller: Poller
 
     def call_later(self, seconds: float, action: Callable[[], None]) -> None: ...
-    def on_output(self, kernel: KernelSide) -> None: ...
+    def on_output(self, kernel: KernelSide, is_urgent: bool = True) -> None: ...
     def on_activity(self, kernel: KernelSide) -> None: ...
     def on_ready(self, kernel: KernelSide, opening: int, kernel_info: dict[str, Any]) -> None: ...
 
@@ -155,6 +155,7 @@ class KernelSide:
         """session → number of the first record that its client has not acknowledged"""
         self._probe: _Probe | None = None
         self._is_active = False
+        self._is_urgent = False
 
     @property
     def is_connected(self) -> bool:
@@ -423,7 +424,8 @@ class KernelSide:
             self.last_activity = time.time()
             self._watcher.on_activity(self)
         if taken:
-            self._watcher.on_output(self)
+            self._watcher.on_output(self, self._is_urgent)
+            self._is_urgent = False
         return not is_empty
 
     def _take(self, session_id: bytes, channel: int, frames: list[bytes]) -> int:
@@ -449,6 +451,10 @@ class KernelSide:
                 self._is_active = True
         if (size := sum(map(len, parts))) > self._max_message:
             parts = self._too_large(channel, parts, size)
+        if channel != IOPUB or (
+            activity is not Activity.BUSY and b'"execute_input"' not in parts[0]
+        ):
+            self._is_urgent = True
         record = pack_record(channel, activity, session_id, parts)
         self.journal.append(record)
         return len(record)
