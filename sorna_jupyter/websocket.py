@@ -40,6 +40,7 @@ from sorna_jupyter.protocol import (
     pack_number,
     read_number,
 )
+from sorna_jupyter.unattended import UnattendedCells
 from sorna_jupyter.wire import (
     JSON_PARTS,
     UNSUPPORTED_DATA,
@@ -84,6 +85,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     _by_session: ClassVar[dict[tuple[str, str], SornaWebsocketConnection]] = {}
 
     _attachment: Any = None
+    _unattended: UnattendedCells | None = None
     _framing: Framing
     _stream: IOStream
     _is_proxy = False
@@ -112,6 +114,11 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         self._unanswered: dict[str, bytes] = {}
         self._pings: deque[int] = deque()
         self._loop = asyncio.get_running_loop()
+        # Asked of traits for every message, these would cost more than the message.
+        self._allowed = self.multi_kernel_manager.allowed_message_types
+        self._hides_tracebacks = not self.multi_kernel_manager.allow_tracebacks
+        self._unattended = self.multi_kernel_manager.unattended
+        self._is_compressed = handler.get_compression_options() is not None
         self._is_proxy = handler.selected_subprotocol is None and is_proxy(
             handler.request.headers.get("User-Agent", "")
         )
@@ -128,7 +135,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         except SornaError as error:
             self._close(TRY_AGAIN_LATER, error.message)
             return
-        if unattended := self.multi_kernel_manager.unattended:
+        if unattended := self._unattended:
             unattended.connected(self.kernel, self.session_id)
         if self.kernel.status is KernelStatus.PREPARING:
             self._say("iopub", "status", {"execution_state": "starting"})
@@ -144,7 +151,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         if self._attachment is not None:
             self._attachment.close()
             self._attachment = None
-            if unattended := self.multi_kernel_manager.unattended:
+            if unattended := self._unattended:
                 unattended.disconnected(self.kernel_id, self.session_id)
 
     @classmethod
@@ -163,16 +170,17 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             self.log.warning("kernel %s: %s; closing the websocket", self.kernel_id, error.message)
             self._close(error.close_code, error.message)
             return
-        allowed = self.multi_kernel_manager.allowed_message_types
-        if allowed and header.msg_type not in allowed:
+        if self._attachment is None:
+            return  # the kernel is over, which the client was told
+        if self._allowed and header.msg_type not in self._allowed:
             self.log.warning("kernel %s: %r is not allowed", self.kernel_id, header.msg_type)
         elif self._knows_the_answer(channel, header):
             self._answer_kernel_info(channel, parts[0])
-        elif self._attachment is not None:
+        else:
             if header.msg_type == "execute_request":
                 self._unanswered[header.msg_id] = parts[0]
-                if unattended := self.multi_kernel_manager.unattended:
-                    unattended.executed(self.kernel, self.session_id, parts)
+                if self._unattended:
+                    self._unattended.executed(self.kernel, self.session_id, parts)
             self._send(channel, parts)
 
     def _send(self, channel: str, parts: list[bytes]) -> None:
@@ -195,11 +203,10 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             for message in batch.messages:
                 if message.channel == "shell" and b'"execute_reply"' in message.parts[0]:
                     self._forget_answered(message)
-        hides = not self.multi_kernel_manager.allow_tracebacks
-        if hides or self._is_proxy or self._is_compressed:
+        if self._hides_tracebacks or self._is_proxy or self._is_compressed:
             data = b""
             for message in batch.messages:
-                hides_it = hides and message.channel == "iopub"
+                hides_it = self._hides_tracebacks and message.channel == "iopub"
                 parts = self._without_traceback(message.parts) if hides_it else message.parts
                 self._write_parts(message.channel, parts)
         else:
@@ -234,7 +241,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         self._pings.popleft()
         if self._attachment is not None:
             self._attachment.acknowledge(seq)
-            if unattended := self.multi_kernel_manager.unattended:
+            if unattended := self._unattended:
                 unattended.acknowledged(self.kernel_id, self.session_id, seq)
         self._write_bytes(self._ping())
 
@@ -277,7 +284,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         with suppress(MalformedFrame):  # a kernel may write what it likes
             msg_id = read_header(message.parts[1]).msg_id
             self._unanswered.pop(msg_id, None)
-            if unattended := self.multi_kernel_manager.unattended:
+            if unattended := self._unattended:
                 unattended.answered(self.kernel_id, self.session_id, msg_id, message.seq)
 
     @property
@@ -298,7 +305,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
 
     @property
     def kernel(self) -> Kernel:
-        kernel: Kernel = self.kernel_manager.kernel
+        """While it is attached."""
+        kernel: Kernel = self._attachment.kernel
         return kernel
 
     def _knows_the_answer(self, channel: str, header: Header) -> bool:
@@ -425,10 +433,6 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
                 handler.write_message(frame, binary=isinstance(frame, bytes))
         else:
             self._write_bytes(websocket_frame(frame))
-
-    @property
-    def _is_compressed(self) -> bool:
-        return self.websocket_handler.get_compression_options() is not None
 
     def _write_bytes(self, data: bytes) -> None:
         """Straight to the stream: `write_message` would start a task for every message."""

@@ -212,8 +212,10 @@ async def test_a_frame_that_is_none_closes_the_socket_with_a_reason(
     await until(lambda: attached.is_closed)
 
 
-async def test_message_types_may_be_allowed_one_by_one(app, socket):
+@pytest.mark.parametrize("framing", FRAMINGS)
+async def test_message_types_may_be_allowed_one_by_one(app, kernel_id, framing):
     app.server.kernel_manager.allowed_message_types = ["kernel_info_request"]
+    socket = await app.socket(kernel_id, *framing)
     attached = await app.attached()
 
     await socket.send("shell", "execute_request")
@@ -419,8 +421,10 @@ async def test_a_kernels_broken_header_costs_one_message_and_not_the_socket(app,
     assert (await socket.receive())[2]["text"] == "after"
 
 
-async def test_tracebacks_may_be_hidden(app, socket):
+@pytest.mark.parametrize("framing", FRAMINGS)
+async def test_tracebacks_may_be_hidden(app, kernel_id, framing):
     app.server.kernel_manager.allow_tracebacks = False
+    socket = await app.socket(kernel_id, *framing)
     attached = await app.attached()
 
     secret = {"ename": "KeyError", "evalue": "secret", "traceback": ["secret"]}
