@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -402,11 +404,22 @@ def null_spec(program: str) -> dict[str, Any]:
     }
 
 
+_free_ports = iter(random.sample(range(10_000, 32_000), 22_000))
+_choosing = threading.Lock()
+
+
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
+    """Each is given out once, and lies below those that outgoing connections get: what is free now
+    is still free when its kernel has started."""
+    ports: list[int] = []
+    with _choosing:
+        while len(ports) < count:
+            port = next(_free_ports)
+            try:
+                socket.create_server(("127.0.0.1", port)).close()
+            except OSError:
+                continue  # someone listens there
+            ports.append(port)
     return ports
 
 
