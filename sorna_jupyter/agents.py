@@ -522,8 +522,9 @@ class AgentPool:
 class _AgentLink:
     """One DEALER to one agent's port, drained from the event loop without a task a message."""
 
-    BATCH = 512
-    """messages taken in one pass, so that a flood of one kernel lets other work in between"""
+    BATCH = 8
+    """batches of records (or answers) taken in one pass, so that a flood of one kernel lets other
+    work in between"""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair, agent: AgentRow):
         self._context = context

@@ -88,7 +88,7 @@ JOURNAL_MEMORY = 4 << 20
 """bytes of a kernel's newest messages in memory, where many are; older ones are read from disk"""
 GATEWAY_QUEUE = 500
 """messages in ZeroMQ's hands for one gateway; the rest waits in the journals, which cost nothing"""
-SEND_BYTES = 1 << 20
+SEND_BYTES = 256 << 10
 """of one kernel's records that go to one subscription before the others get their turn"""
 OUTBOX_LIMIT = 10_000
 """replies waiting for one gateway that does not read"""

@@ -43,7 +43,7 @@ PORTS = {SHELL: 1, IOPUB: 2, STDIN: 3, CONTROL: 4}
 CLIENT_CHANNELS = {b"shell": SHELL, b"control": CONTROL, b"stdin": STDIN}
 BATCH = 200
 """messages taken from one socket before the others get their turn"""
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 1 << 20
 """…or bytes, whichever is reached first"""
 MAX_SESSIONS = 1000
 """client sessions whose place in the journal is remembered, a kernel; the oldest go first"""
