@@ -40,6 +40,7 @@ from sorna_jupyter.protocol import (
     pack_number,
     read_number,
     read_record,
+    receive_frames,
     send_frames,
 )
 from sorna_jupyter.registry import AgentRow
@@ -438,9 +439,10 @@ class Attachment:
 class AgentPool:
     """Every agent that this gateway has spoken to, one connection each."""
 
-    def __init__(self, keys: KeyPair, rpc_timeout: float = 30.0) -> None:
+    def __init__(self, keys: KeyPair, join_token: str, rpc_timeout: float = 30.0) -> None:
         """`rpc_timeout`: seconds that an agent has for what should be quick."""
         self._keys = keys
+        self._join_token = join_token
         self._rpc_timeout = rpc_timeout
         self._context = zmq.Context()
         self._links: dict[str, _AgentLink] = {}
@@ -513,7 +515,9 @@ class AgentPool:
     def _link(self, agent: AgentRow) -> _AgentLink:
         link = self._links.get(agent.id)
         if link is None:
-            link = self._links[agent.id] = _AgentLink(self._context, self._keys, agent)
+            link = self._links[agent.id] = _AgentLink(
+                self._context, self._keys, self._join_token, agent
+            )
         elif link.is_outdated(agent):
             link.redial(agent)
         return link
@@ -526,8 +530,15 @@ class _AgentLink:
     """batches of records (or answers) taken in one pass, so that a flood of one kernel lets other
     work in between"""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair, agent: AgentRow):
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        keys: KeyPair,
+        join_token: str,
+        agent: AgentRow,
+    ) -> None:
         self._context = context
+        self._join_token = join_token
         self._keys = keys
         self._loop = asyncio.get_running_loop()
         self._ids = count(1)
@@ -549,10 +560,17 @@ class _AgentLink:
         self._socket.routing_id = b"g" + self._route
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
-        self._keys.secure(self._socket, agent.public_key)
+        address = _best_address(agent)
+        if address.startswith("ipc:"):
+            # Its directory is ours alone: nobody listens there, and encryption would cost more CPU
+            # than all else that happens to a message.
+            self._socket.plain_username = protocol.GATEWAY.encode()
+            self._socket.plain_password = self._join_token.encode()
+        else:
+            self._keys.secure(self._socket, agent.public_key)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._has_connected = False
-        self._socket.connect(_best_address(agent))
+        self._socket.connect(address)
         self._fds = [cast(int, s.getsockopt(zmq.FD)) for s in (self._socket, self._monitor)]
         self._loop.add_reader(self._fds[0], self._drain)
         self._loop.add_reader(self._fds[1], self._on_connection)
@@ -687,10 +705,9 @@ class _AgentLink:
         self._drain_scheduled = False
         if self._socket.closed:
             return
-        receive = self._socket.recv_multipart
         for _ in range(self.BATCH):
             try:
-                frames = receive(zmq.NOBLOCK)
+                frames = receive_frames(self._socket)
             except zmq.Again:
                 return
             try:

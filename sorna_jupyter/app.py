@@ -288,7 +288,8 @@ class SornaApp(ExtensionApp):
         self.keys = _load_keys(data)
         self.registry = Registry(self.database_url)
         self.live: LiveState = RedisLive(self.redis_url) if self.redis_url else MemoryLive()
-        self.agents = AgentPool(self.keys)
+        join_token = _load_join_token(data)
+        self.agents = AgentPool(self.keys, join_token)
         self._undo.push_async_callback(self.registry.close)
         self._undo.push_async_callback(self.live.close)
         self._undo.callback(self.agents.close)
@@ -309,7 +310,7 @@ class SornaApp(ExtensionApp):
         self.runs = Runs(self.kernels)
         self.listener = HeartbeatListener(
             self.keys,
-            _load_join_token(data),
+            join_token,
             [self.manager_address, f"ipc://{runtime}/manager.sock"],
             self.kernels.hear,
         )

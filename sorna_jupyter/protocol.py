@@ -10,7 +10,8 @@ Three conversations, all msgpack inside ZeroMQ frames:
 
 What both sides must understand alike stands here too: a host's name, what is activity, what a
 Jupyter message of our own looks like. Used by both packages; imports nothing of either but
-`exceptions`. No I/O, but for what `host_name` asks the machine, and `send_frames`.
+`exceptions`. No I/O, but for what `host_name` asks the machine, `send_frames`
+and `receive_frames`.
 """
 
 from __future__ import annotations
@@ -343,6 +344,9 @@ def decode_reply(request: Request, frames: list[bytes]) -> Message:
 # A *subscription* is a gateway's cursor in a kernel's journal, by a number that the gateway chose:
 # the relay sends records while the credit that it was given lasts.
 
+GATEWAY = "gateway"
+"""who a gateway is on an agent's ipc socket; its password (RFC 24, ZMTP PLAIN) is the join token"""
+
 RPC = b"R"
 """[RPC, request id, request] → [RPC, request id, verdict, reply]"""
 OPEN = b"O"
@@ -510,13 +514,13 @@ class KernelMessage:
         return read_header(self.parts[0]).msg_type
 
 
-def read_record(kernel_id: str, seq: int, record: bytes) -> KernelMessage | Gap:
+def read_record(kernel_id: str, seq: int, record: bytes | memoryview) -> KernelMessage | Gap:
     channel, activity, length = _RECORD.unpack_from(record)
     if channel == NOTE:
         note = msgspec.msgpack.decode(record[_RECORD.size :], type=LossNote)
         return Gap(kernel_id, seq, seq, None, note.reason)
     begin = _RECORD.size + length
-    session = record[_RECORD.size : begin].decode() if length else ""
+    session = bytes(record[_RECORD.size : begin]).decode() if length else ""
     frame = memoryview(record)[begin:]
     return KernelMessage(kernel_id, seq, session, CHANNELS[channel], frame, activity)
 
@@ -534,7 +538,7 @@ class Batch:
         self.messages = messages
         self.next = messages[-1].seq + 1
         self.for_everyone = not any(message.session for message in messages)
-        self.encoded: dict[Any, bytes] = {}
+        self.encoded: dict[Any, Any] = {}
 
     @property
     def first(self) -> int:
@@ -563,11 +567,31 @@ SNDMORE, NOBLOCK = 2, 1
 takes twice as long"""
 
 
+LARGE_FRAME = 64 << 10
+"""bytes; above it, a frame is passed on as it lies in ZeroMQ's memory, and not copied"""
+
+
 def send_frames(socket: Any, frames: list[bytes]) -> None:
     """As one message, on a plain ZeroMQ socket, now. Raises `zmq.Again`."""
     send, last = socket.send, len(frames) - 1
     for place, frame in enumerate(frames):
-        send(frame, NOBLOCK if place == last else NOBLOCK | SNDMORE)
+        flags = NOBLOCK if place == last else NOBLOCK | SNDMORE
+        if len(frame) < LARGE_FRAME:
+            send(frame, flags)
+        else:
+            send(frame, flags, copy=False)
+
+
+def receive_frames(socket: Any) -> list[Any]:
+    """One message of a plain ZeroMQ socket: small frames as bytes, large ones as views of ZeroMQ's
+    memory. Raises `zmq.Again` if there is none."""
+    frames: list[Any] = []
+    receive = socket.recv
+    while True:
+        frame = receive(NOBLOCK, copy=False)
+        frames.append(frame.bytes if len(frame) < LARGE_FRAME else frame.buffer)
+        if not frame.more:
+            return frames
 
 
 def pack_number(number: int) -> bytes:

@@ -32,6 +32,7 @@ from sorna_jupyter.exceptions import KernelNotFound, SornaError
 from sorna_jupyter.jupyter_manager import SornaMappingKernelManager
 from sorna_jupyter.kernels import Kernel
 from sorna_jupyter.protocol import (
+    LARGE_FRAME,
     Batch,
     Gap,
     KernelMessage,
@@ -59,7 +60,6 @@ GOING_AWAY, TRY_AGAIN_LATER = 1001, 1013
 REPEATABLE = (b'"status"', b'"execute_input"')
 PING_DELAY = 0.1
 """seconds until the client is asked whether it has what may as well come twice"""
-LARGE = 64 << 10
 MAX_PINGS = 8
 """that wait for their answers at once"""
 
@@ -204,24 +204,25 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
                 if message.channel == "shell" and b'"execute_reply"' in message.parts[0]:
                     self._forget_answered(message)
         if self._hides_tracebacks or self._is_proxy or self._is_compressed:
-            data = b""
+            pieces = []
             for message in batch.messages:
                 hides_it = self._hides_tracebacks and message.channel == "iopub"
                 parts = self._without_traceback(message.parts) if hides_it else message.parts
                 self._write_parts(message.channel, parts)
         else:
-            data = self._encoded(batch)
+            pieces = self._encoded(batch)
         self._written = batch.next - 1
         ping = b""
         if not self._may_come_twice(batch):
             ping = self._ping()
         elif self._late_ping is None:
             self._late_ping = self._loop.call_later(PING_DELAY, self._ping_late)
-        if len(data) > LARGE:  # a copy would cost more than a second write
-            self._write_bytes(data)
-            self._write_bytes(ping)
-        else:
-            self._write_bytes(data + ping)
+        if pieces and len(pieces[-1]) < LARGE_FRAME:
+            ping = bytes(pieces[-1]) + ping
+            pieces = pieces[:-1]
+        for piece in pieces:
+            self._write_bytes(piece)
+        self._write_bytes(ping)
 
     def on_kernel_gap(self, gap: Gap) -> None:
         what = "Output" if gap.messages is None else f"{gap.messages} messages"
@@ -339,12 +340,22 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
 
     # -- on the wire
 
-    def _encoded(self, batch: Batch) -> bytes:
-        """The batch's websocket frames, made once for all sockets of the same framing."""
-        key = self._framing
-        if (data := batch.encoded.get(key)) is None:
-            data = batch.encoded[key] = b"".join(self._frames(batch))
-        return data
+    def _encoded(self, batch: Batch) -> list[bytes | memoryview]:
+        """The batch's websocket frames, made once for all sockets of the same framing: small ones
+        in one piece, what is large as it lies in memory."""
+        pieces: list[bytes | memoryview] | None = batch.encoded.get(self._framing)
+        if pieces is None:
+            pieces = batch.encoded[self._framing] = []
+            small: list[bytes | memoryview] = []
+            for part in self._frames(batch):
+                if len(part) < LARGE_FRAME:
+                    small.append(part)
+                else:
+                    pieces += [b"".join(small), part]
+                    small = []
+            if small:
+                pieces.append(b"".join(small))
+        return pieces
 
     def _frames(self, batch: Batch) -> Iterator[bytes | memoryview]:
         if self._framing is V1:
@@ -434,7 +445,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         else:
             self._write_bytes(websocket_frame(frame))
 
-    def _write_bytes(self, data: bytes) -> None:
+    def _write_bytes(self, data: bytes | memoryview) -> None:
         """Straight to the stream: `write_message` would start a task for every message."""
         if not data:
             return

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from sorna_jupyter.protocol import (
     Request,
 )
 from tests.waiting import PATIENCE, until
+
+JOIN_TOKEN = "a-secret-to-join-with"
 
 # -- a runtime -------------------------------------------------------------------------------
 
@@ -147,11 +150,12 @@ class IpykernelRuntime(Runtime):
 class Keys:
     public: str
     secret: str
+    token: str
 
     @classmethod
-    def make(cls) -> Keys:
+    def make(cls, token: str = "") -> Keys:
         public, secret = zmq.curve_keypair()
-        return cls(public.decode(), secret.decode())
+        return cls(public.decode(), secret.decode(), token or uuid4().hex)
 
     def on(self, socket: zmq.Socket[Any]) -> None:
         socket.curve_publickey = self.public.encode()
@@ -162,14 +166,19 @@ class Line:
     """A gateway's connection to the agent port."""
 
     def __init__(self, address: str, server_key: str, keys: Keys, **options: int) -> None:
+        """On ipc, `keys.token` is what is shown; on tcp, the keys."""
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.rcvhwm = options.get("rcvhwm", 0)
         if "rcvbuf" in options:
             self._socket.rcvbuf = options["rcvbuf"]
-        keys.on(self._socket)
-        self._socket.curve_serverkey = server_key.encode()
+        if address.startswith("ipc:"):
+            self._socket.plain_username = protocol.GATEWAY.encode()
+            self._socket.plain_password = keys.token.encode()
+        else:
+            keys.on(self._socket)
+            self._socket.curve_serverkey = server_key.encode()
         self._socket.connect(address)
         self._ids = count(1)
         self._replies: dict[bytes, asyncio.Future[list[bytes]]] = {}
@@ -323,7 +332,7 @@ class Manager:
     """A gateway's heartbeat port: remembers beats, answers each with `reply`."""
 
     directory: Path
-    keys: Keys = field(default_factory=Keys.make)
+    keys: Keys = field(default_factory=partial(Keys.make, JOIN_TOKEN))
     reply: BeatReply | None = field(default_factory=lambda: BeatReply(accepted=True))
     """None: silence"""
     beats: list[Beat] = field(default_factory=list)
@@ -378,7 +387,7 @@ class Manager:
 
 def agent_options(manager: Manager, directory: Path, *more: str) -> list[str]:
     token = directory / "join-token"
-    token.write_text("a-secret-to-join-with\n")
+    token.write_text(f"{JOIN_TOKEN}\n")
     return [
         *("--manager-addr", manager.address),
         *("--manager-key", manager.keys.public),

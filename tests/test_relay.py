@@ -72,6 +72,8 @@ class House:
 def settings(directory: Path, agent: Keys, gateway: Keys, **options: object) -> RelaySettings:
     keys_file = directory / "agent.json"
     keys_file.write_text(json.dumps({"public_key": agent.public, "secret_key": agent.secret}))
+    token_file = directory / "join_token"
+    token_file.write_text(gateway.token)
     return RelaySettings(
         **{
             "listen": "tcp://127.0.0.1:0",
@@ -79,6 +81,7 @@ def settings(directory: Path, agent: Keys, gateway: Keys, **options: object) -> 
             "keys_file": keys_file,
             "public_key": agent.public,
             "gateway_keys": (gateway.public,),
+            "join_token_file": token_file,
             "orphan_timeout": 60.0,
             "journals": directory / "journals",
             **options,
@@ -211,9 +214,10 @@ async def test_busy_and_idle_reach_the_agent(house: House):
     await until(lambda: house.activity[-1] == ("k1", "idle"))
 
 
-async def test_a_gateway_with_another_key_gets_nothing(house: House):
+@pytest.mark.parametrize("tcp", [True, False])
+async def test_a_gateway_with_another_key_or_token_gets_nothing(house: House, tcp: bool):
     await house.start_kernel()
-    stranger = house.line(Keys.make())
+    stranger = house.line(Keys.make(), tcp=tcp)
     known = house.line()
     stranger.subscribe("k1", 1)
     known.subscribe("k1", 1)

@@ -170,6 +170,7 @@ class AgentApp:
             keys_file=keys_file,
             public_key=self._identity.public_key,
             gateway_keys=tuple(options.gateway_key or [options.manager_key]),
+            join_token_file=options.join_token_file,
             orphan_timeout=max(RELAY_ORPHAN_TIMEOUT, options.orphan_timeout),
             journals=self._data_dir / "journals",
             retention=options.retention,

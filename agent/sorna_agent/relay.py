@@ -6,8 +6,10 @@ sides, none of which can block it or make it drop something:
 
 * kernels (`relay_kernel`): what leaves one goes into its journal, which is on disk before anyone
   gets to see it;
-* gateways (CURVE, one ROUTER on tcp and ipc): a subscription is a number in a journal, read on as
-  far as its credit lasts and its connection takes it; requests pass to the agent;
+* gateways (on tcp with CURVE; on ipc, in a directory that nobody else can enter, with the cluster's
+  secret and without encryption, which would cost more than all the rest): a subscription is a
+  number in a journal, read on as far as its credit lasts and its connection takes it; requests
+  pass to the agent;
 * the agent (`relay_messages`, over `rpc.sock`).
 
 Started and adopted by `relay_link`; run as `python -m sorna_agent.relay`.
@@ -58,6 +60,7 @@ from sorna_jupyter.protocol import (
     ACKNOWLEDGE,
     CLOSE,
     CREDIT,
+    GATEWAY,
     LOST,
     MESSAGE,
     OPEN,
@@ -69,6 +72,7 @@ from sorna_jupyter.protocol import (
     encode_reply,
     pack_number,
     read_number,
+    receive_frames,
     send_frames,
 )
 
@@ -119,6 +123,7 @@ class Relay:
         secret_key: bytes,
         public_key: bytes,
         gateway_keys: list[str],
+        join_token: str,
         fingerprint: str,
         orphan_timeout: float,
         limits: JournalLimits,
@@ -146,11 +151,26 @@ class Relay:
         self._directory = directory
         self._journals = journals
         journals.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._authenticator = self._allow_only(gateway_keys)
-        self._gateways = self._bind_gateways(listen, public_key, secret_key)
+        self._authenticator = self._allow_only(gateway_keys, join_token)
+        self._gateways: list[Socket] = []
+        self._socket_of: dict[bytes, Socket] = {}
+        """by a gateway's route"""
+
+        def with_plain(socket: Socket) -> None:
+            socket.plain_server = True
+
+        def with_curve(socket: Socket) -> None:
+            socket.curve_server = True
+            socket.curve_publickey = public_key
+            socket.curve_secretkey = secret_key
+
+        self.addresses = [
+            self._bind_gateways(f"ipc://{directory}/{AGENT_PORT}", with_plain),
+            self._bind_gateways(listen, with_curve),
+        ]
         self._agents = self._bind_agent()
 
-    def _allow_only(self, gateway_keys: list[str]) -> ThreadAuthenticator:
+    def _allow_only(self, gateway_keys: list[str], join_token: str) -> ThreadAuthenticator:
         allowed = {key.encode() for key in gateway_keys}
 
         class Keys:
@@ -160,28 +180,26 @@ class Relay:
         authenticator = ThreadAuthenticator(self.context)
         authenticator.start()
         authenticator.configure_curve_callback(credentials_provider=Keys())
+        authenticator.configure_plain(passwords={GATEWAY: join_token})
         return authenticator
 
-    def _bind_gateways(self, listen: str, public_key: bytes, secret_key: bytes) -> Socket:
+    def _bind_gateways(self, address: str, secure: Callable[[Socket], None]) -> str:
+        """Returns the address as bound, with its port."""
         socket = self.context.socket(zmq.ROUTER)
-        socket.curve_server = True
-        socket.curve_publickey = public_key
-        socket.curve_secretkey = secret_key
+        secure(socket)
         socket.linger = 1000  # the last reply goes out before we do
         socket.router_mandatory = True  # or ROUTER drops what a slow gateway does not take
         socket.sndhwm = GATEWAY_QUEUE
         socket.rcvhwm = 0
-        socket.ipv6 = "[" in listen
+        socket.ipv6 = "[" in address
         socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
         # A gateway that reconnects under its own routing id takes over from its former connection.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        local = f"ipc://{self._directory}/{AGENT_PORT}"
-        socket.bind(local)
-        socket.bind(listen)
-        self.addresses = [local, cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()]
+        socket.bind(address)
+        self._gateways.append(socket)
         self.poller.watch(socket, self._drain_gateways)
-        return socket
+        return cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
 
     def _bind_agent(self) -> Socket:
         socket = self.context.socket(zmq.ROUTER)
@@ -207,7 +225,8 @@ class Relay:
             kernel.detach()
             kernel.journal.close()
         self._agents.close()
-        self._gateways.close()
+        for socket in self._gateways:
+            socket.close()
         self._authenticator.stop()
         self.poller.close()
         self.context.term()
@@ -297,9 +316,10 @@ class Relay:
     def _drain_gateways(self, socket: Socket) -> bool:
         for _ in range(BATCH):
             try:
-                route, *frames = socket.recv_multipart(zmq.NOBLOCK)
+                route, *frames = receive_frames(socket)
             except zmq.Again:
                 return False
+            self._socket_of[route] = socket
             try:
                 self._take_from_gateway(route, frames)
             except Exception:  # whatever one gateway sends, the others go on
@@ -395,11 +415,12 @@ class Relay:
     def _send_to_gateway(self, route: bytes, frames: list[bytes], full: set[bytes]) -> bool:
         """Whether it took the frames. One that is full is not tried again in this round; one that
         is gone is forgotten."""
-        if route in full:
+        socket = self._socket_of.get(route)
+        if route in full or socket is None:
             return False
         try:
-            send_frames(self._gateways, [route, *frames])
-            self.poller.look_again(self._gateways)
+            send_frames(socket, [route, *frames])
+            self.poller.look_again(socket)
             return True
         except zmq.Again:
             full.add(route)
@@ -413,6 +434,7 @@ class Relay:
     def _forget_gateway(self, route: bytes) -> None:
         log.info("a gateway is gone")
         self._outboxes.pop(route, None)
+        self._socket_of.pop(route, None)
         for kernel in self._kernels.values():
             kernel.forget_gateway(route, time.monotonic())
 
@@ -571,6 +593,8 @@ def main() -> None:
     parser.add_argument("--directory", required=True, type=Path, help="for relay.sock and rpc.sock")
     parser.add_argument("--keys", required=True, type=Path, help="file with the agent's Curve keys")
     parser.add_argument("--gateway-key", action="append", required=True, help="may connect (Z85)")
+    parser.add_argument("--join-token-file", required=True, type=Path, help="who has it may connect"
+        " to relay.sock")  # fmt: skip
     parser.add_argument("--fingerprint", default="")
     parser.add_argument("--orphan-timeout", type=float, default=600.0)
     parser.add_argument("--journals", required=True, type=Path, help="directory of the journals")
@@ -602,6 +626,7 @@ def main() -> None:
         public_key=keys["public_key"].encode(),
         secret_key=keys["secret_key"].encode(),
         gateway_keys=arguments.gateway_key,
+        join_token=arguments.join_token_file.read_text().strip(),
         fingerprint=arguments.fingerprint,
         orphan_timeout=arguments.orphan_timeout,
         journals=arguments.journals,

@@ -32,6 +32,7 @@ from sorna_jupyter.protocol import (
     pack_record,
     read_header,
     read_status,
+    receive_frames,
     send_frames,
 )
 
@@ -410,7 +411,7 @@ class KernelSide:
         is_empty = False
         while (limit is None or (taken < limit and size < BATCH_BYTES)) and not socket.closed:
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                frames = receive_frames(socket)
             except zmq.Again:
                 is_empty = True
                 break
@@ -435,6 +436,7 @@ class KernelSide:
         signature, parts = frames[begin - 1], frames[begin:]
         if len(parts) < 4:
             raise ValueError("too few frames")
+        parts[:2] = map(bytes, parts[:2])
         if not self._signer.verify(parts, signature):
             raise ValueError("wrong signature")
         if channel == IOPUB and self._probe is not None:

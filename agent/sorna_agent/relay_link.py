@@ -71,6 +71,7 @@ class RelaySettings:
     keys_file: Path
     public_key: str
     gateway_keys: tuple[str, ...]
+    join_token_file: Path
     orphan_timeout: float
     journals: Path
     retention: int = 64 << 20
@@ -114,6 +115,7 @@ class RelaySettings:
             *("--directory", str(self.directory)),
             *("--keys", str(self.keys_file)),
             *keys,
+            *("--join-token-file", str(self.join_token_file)),
             *("--fingerprint", self.fingerprint),
             *("--orphan-timeout", f"{self.orphan_timeout:g}"),
             *("--journals", str(self.journals)),

@@ -145,7 +145,7 @@ class House:
         self.registry = Registry(f"sqlite:///{self.directory}/registry.sqlite")
         await self.registry.upgrade()
         await self.registry.ensure_user(OWNER)
-        self.agents = AgentPool(self.keys)
+        self.agents = AgentPool(self.keys, "t0ken")
         self.kernels = Kernels(
             registry=self.registry,
             live=MemoryLive(),
