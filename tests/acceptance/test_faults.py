@@ -245,7 +245,7 @@ def test_what_a_killed_relay_could_not_hear_is_announced_and_nothing_else_is_los
     scenes: Scenes, runtime: str, seed: str
 ) -> None:
     with scenes.round(runtime, seed) as (scene, rng):
-        before, after = some_cell(rng), Cell(1000, 0.005)
+        before, after = some_cell(rng), Cell(600, 0.005)
 
         parent = scene.far.execute(before.code)
         wait_until(lambda: scene.near.has_seen("status", parent), "the cell begins")
@@ -375,18 +375,19 @@ def test_a_restart_of_the_docker_engine_costs_nothing(
     lasting_engine: SecondEngine, new_scene: NewScene
 ) -> None:
     scene = new_scene("--runtime=docker", env={"DOCKER_HOST": lasting_engine.host})
-    cell = Cell(1000, 0.01)
+    cell = Cell(700, 0.01)
 
     parent = scene.far.execute(cell.code)
     wait_until(lambda: printed(scene.near.items, parent), "the cell prints")
     lasting_engine.stop()
     lasting_engine.start()
     assert not scene.near.has_finished(parent)
-    run_id = scene.submit(cell.code)
-    everyone_has_finished(scene, [parent, run_id], 60)
+    afterwards = Cell(100, 0.001)
+    run_id = scene.submit(afterwards.code)
+    everyone_has_finished(scene, [parent, run_id])
 
     everyone_has_all(scene, parent, cell)
-    everyone_has_all(scene, run_id, cell)
+    everyone_has_all(scene, run_id, afterwards)
     assert len(scene.far.connections) == len(scene.near.connections) == 1
 
 
