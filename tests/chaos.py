@@ -12,6 +12,7 @@ import enum
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -40,6 +41,8 @@ class ChaosProxy:
         self._flows.set()
         self.rate: float | None = None
         """bytes a second to each client; None: as they come"""
+        self.cuts: list[float] = []
+        """when connections were cut, as `time.monotonic` has it"""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
@@ -129,6 +132,7 @@ class _Link:
     def cut_after(self, how: Cut, size: int | None) -> None:
         self._how, self._left = how, size
         if size == 0:
+            self._proxy.cuts.append(time.monotonic())
             self.end(how)
 
     def end(self, how: Cut) -> None:
@@ -174,6 +178,7 @@ class _Link:
                     self._left -= len(data)
                 await loop.sock_sendall(self._client, data)
                 if self._left == 0:
+                    self._proxy.cuts.append(time.monotonic())
                     return
                 if self._proxy.rate is not None:
                     await asyncio.sleep(len(data) / self._proxy.rate)
