@@ -33,6 +33,8 @@ PAUSE = 0.05
 DOUBT = 2
 """messages that a stock client may get twice, of those that it had read when its connection was
 cut; what still lay in its system's buffers then, it gets twice if it reads that, too"""
+IN_FLIGHT = 1.0
+"""seconds for which, on a machine that is busy, an acknowledgement may be under way"""
 
 
 class Tab:
@@ -290,22 +292,33 @@ def of(messages: list[Message], parent: str) -> list[Message]:
     return [m for m in messages if m["parent_header"].get("msg_id") == parent]
 
 
-def once(messages: list[Message]) -> list[Message]:
-    """Each at its first place only."""
-    first: dict[str, Message] = {}
-    for message in messages:
-        first.setdefault(message["header"]["msg_id"], message)
-    return list(first.values())
-
-
 def ids(messages: list[Message]) -> list[str]:
     return [m["header"]["msg_id"] for m in messages]
 
 
-def doubled(messages: list[Message]) -> list[Message]:
-    """Those that came more than once, as they came first."""
-    counts = Counter(ids(messages))
-    return [message for message in once(messages) if counts[message["header"]["msg_id"]] > 1]
+def units(messages: list[Message]) -> list[tuple[str | int, float]]:
+    """What a client got, and when: each line of a counter by its number, whichever message it came
+    in (those of a client that lags are joined), everything else by its id."""
+    found: list[tuple[str | int, float]] = []
+    for message in messages:
+        read = message.get("read", 0.0)
+        if is_text(message, "stdout"):
+            found += ((number, read) for number in numbers_in(message["content"]["text"]))
+        else:
+            found.append((message["header"]["msg_id"], read))
+    return found
+
+
+def once(units: list[tuple[str | int, float]]) -> list[str | int]:
+    """Each at its first place only."""
+    return list(dict.fromkeys(unit for unit, _ in units))
+
+
+def doubled(units: list[tuple[str | int, float]]) -> list[float]:
+    """When those that came more than once were read first."""
+    counts = Counter(unit for unit, _ in units)
+    first = {unit: read for unit, read in reversed(units)}
+    return sorted(first[unit] for unit, count in counts.items() if count > 1)
 
 
 def difference(got: str, cell: Cell) -> str:
