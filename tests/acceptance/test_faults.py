@@ -471,7 +471,8 @@ def fill(file: Path) -> None:
 @pytest.mark.parametrize("link", ["stalled", "1 KB/s"])
 def test_a_reader_that_does_not_read_costs_nobody_else(new_scene: NewScene, link: str) -> None:
     scene = new_scene()
-    cell = Cell(200, width=1 << 20)
+    # No faster than its readers can be: what is kept for the late is 64 MiB
+    cell = Cell(200, 0.03, width=1 << 20)
     other = scene.gateway.start_kernel(name="python3")
     neighbour = scene.tab(scene.gateway.url, other)
     if link == "stalled":
