@@ -40,7 +40,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from sorna_agent import relay_messages as agent_side
 from sorna_agent.journal import Journal
 from sorna_agent.poller import Poller, Socket
-from sorna_agent.relay_kernel import BATCH, Cursor, KernelSide
+from sorna_agent.relay_kernel import BATCH, GATEWAY_THREAD, Cursor, KernelSide
 from sorna_agent.relay_messages import (
     CONTROL,
     DetachKernel,
@@ -129,7 +129,7 @@ class Relay:
         limits: JournalLimits,
         max_message: int,
     ) -> None:
-        self.context: zmq.Context[Socket] = zmq.Context()
+        self.context: zmq.Context[Socket] = zmq.Context(io_threads=2)
         self.context.set(zmq.MAX_SOCKETS, 65_000)
         self.started = time.time()
         self.fingerprint = fingerprint
@@ -186,7 +186,14 @@ class Relay:
     def _bind_gateways(self, address: str, secure: Callable[[Socket], None]) -> str:
         """Returns the address as bound, with its port."""
         socket = self.context.socket(zmq.ROUTER)
+<<<<<<< HEAD
         secure(socket)
+=======
+        socket.setsockopt(zmq.AFFINITY, GATEWAY_THREAD)
+        socket.curve_server = True
+        socket.curve_publickey = public_key
+        socket.curve_secretkey = secret_key
+>>>>>>> 48af93b (wip fixes)
         socket.linger = 1000  # the last reply goes out before we do
         socket.router_mandatory = True  # or ROUTER drops what a slow gateway does not take
         socket.sndhwm = GATEWAY_QUEUE

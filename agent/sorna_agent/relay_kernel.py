@@ -46,6 +46,9 @@ BATCH = 200
 """messages taken from one socket before the others get their turn"""
 BATCH_BYTES = 1 << 20
 """…or bytes, whichever is reached first"""
+GATEWAY_THREAD, KERNEL_THREAD = 1, 2
+"""ZeroMQ's, as bits. A kernel drops what it can't get rid of (1000 messages wait, then no more), so
+whoever reads from kernels must not be busy encrypting for gateways."""
 MAX_SESSIONS = 1000
 """client sessions whose place in the journal is remembered, a kernel; the oldest go first"""
 CLOSE_GRACE = 10.0
@@ -211,6 +214,7 @@ class KernelSide:
         socket.linger = 0
         socket.reconnect_ivl = 15  # constant: a kernel that starts is found at once
         socket.rcvhwm = 0
+        socket.setsockopt(zmq.AFFINITY, KERNEL_THREAD)
         for name, value in options.items():
             socket.setsockopt(getattr(zmq, name), value)
         if kind == zmq.SUB:
