@@ -186,14 +186,8 @@ class Relay:
     def _bind_gateways(self, address: str, secure: Callable[[Socket], None]) -> str:
         """Returns the address as bound, with its port."""
         socket = self.context.socket(zmq.ROUTER)
-<<<<<<< HEAD
         secure(socket)
-=======
         socket.setsockopt(zmq.AFFINITY, GATEWAY_THREAD)
-        socket.curve_server = True
-        socket.curve_publickey = public_key
-        socket.curve_secretkey = secret_key
->>>>>>> 48af93b (wip fixes)
         socket.linger = 1000  # the last reply goes out before we do
         socket.router_mandatory = True  # or ROUTER drops what a slow gateway does not take
         socket.sndhwm = GATEWAY_QUEUE
