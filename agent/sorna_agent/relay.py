@@ -40,7 +40,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from sorna_agent import relay_messages as agent_side
 from sorna_agent.journal import Journal
 from sorna_agent.poller import Poller, Socket
-from sorna_agent.relay_kernel import BATCH, GATEWAY_THREAD, Cursor, KernelSide
+from sorna_agent.relay_kernel import BATCH, GATEWAY_THREAD, Cursor, KernelSide, Urgency
 from sorna_agent.relay_messages import (
     CONTROL,
     DetachKernel,
@@ -84,8 +84,8 @@ ACTIVITY_PAUSE = 0.1
 """seconds between two reports of activity to the agent"""
 SHORTEST_BACKLOG_PAUSE, LONGEST_BACKLOG_PAUSE = 0.002, 0.1
 """seconds until a gateway that takes no more is tried again; doubles while it takes nothing"""
-HOLD_BACK = 0.002
-"""seconds that what tells only that a kernel begins with something waits for the rest"""
+HOLD_BACK = 0.001
+"""seconds that what is not urgent waits at most for what follows"""
 SWEEP_PAUSE = 1.0
 JOURNAL_SWEEP_PAUSE = 60.0
 JOURNAL_MEMORY = 4 << 20
@@ -275,10 +275,12 @@ class Relay:
     def call_later(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_ids), action))
 
-    def on_output(self, kernel: KernelSide, is_urgent: bool = True) -> None:
-        """What is not urgent waits a moment for what is: half of the wake-ups of a quick execute,
-        here and in the gateway."""
-        if is_urgent:
+    def on_output(self, kernel: KernelSide, urgency: Urgency = Urgency.NOW) -> None:
+        """A word that a kernel begins, and output right behind other output, wait a moment for
+        what follows: most of the wake-ups of quick executes and of floods of small prints, here,
+        in the gateway and in its clients."""
+        is_first = time.monotonic() - kernel.sent_at > HOLD_BACK
+        if urgency is Urgency.NOW or (urgency is Urgency.SOON and is_first):
             self._with_output.add(kernel)
             return
         if not self._held_back:
@@ -364,7 +366,9 @@ class Relay:
         """Send on from where each subscription stands, as far as credit and connection go."""
         if not self._with_output and not self._outboxes:
             return
+        now = time.monotonic()
         for kernel in self._with_output:
+            kernel.sent_at = now
             kernel.journal.flush()  # so that no number is ever given twice
         full: set[bytes] = set()
         sent = 0

@@ -7,6 +7,7 @@ kernel; the relay's loop calls the handlers that it registers with `Watcher`.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import hmac
 import logging
@@ -71,6 +72,25 @@ PROBE_SESSION = f"sorna-relay-{secrets.token_hex(8)}"
 _PROBE_MARK = PROBE_SESSION.encode()
 
 
+class Urgency(enum.IntEnum):
+    """How soon clients should have something."""
+
+    LATER = 0
+    """that the kernel begins with something"""
+    SOON = 1
+    """output"""
+    NOW = 2
+    """what ends an execution or asks for something"""
+
+
+def _urgency_of(channel: int, activity: Activity, header: bytes) -> Urgency:
+    if channel != IOPUB or activity is Activity.IDLE:
+        return Urgency.NOW
+    if activity is Activity.BUSY or b'"execute_input"' in header:
+        return Urgency.LATER
+    return Urgency.SOON
+
+
 class Watcher(Protocol):
     """What the relay's loop offers."""
 
@@ -78,7 +98,7 @@ class Watcher(Protocol):
     poller: Poller
 
     def call_later(self, seconds: float, action: Callable[[], None]) -> None: ...
-    def on_output(self, kernel: KernelSide, is_urgent: bool = True) -> None: ...
+    def on_output(self, kernel: KernelSide, urgency: Urgency = ...) -> None: ...
     def on_activity(self, kernel: KernelSide) -> None: ...
     def on_ready(self, kernel: KernelSide, opening: int, kernel_info: dict[str, Any]) -> None: ...
 
@@ -159,7 +179,9 @@ class KernelSide:
         """session → number of the first record that its client has not acknowledged"""
         self._probe: _Probe | None = None
         self._is_active = False
-        self._is_urgent = False
+        self._urgency = Urgency.LATER
+        self.sent_at = 0.0
+        """monotonic time at which something of it was last sent on"""
 
     @property
     def is_connected(self) -> bool:
@@ -429,8 +451,8 @@ class KernelSide:
             self.last_activity = time.time()
             self._watcher.on_activity(self)
         if taken:
-            self._watcher.on_output(self, self._is_urgent)
-            self._is_urgent = False
+            self._watcher.on_output(self, self._urgency)
+            self._urgency = Urgency.LATER
         return not is_empty
 
     def _take(self, session_id: bytes, channel: int, frames: list[bytes]) -> int:
@@ -457,10 +479,7 @@ class KernelSide:
                 self._is_active = True
         if (size := sum(map(len, parts))) > self._max_message:
             parts = self._too_large(channel, parts, size)
-        if channel != IOPUB or (
-            activity is not Activity.BUSY and b'"execute_input"' not in parts[0]
-        ):
-            self._is_urgent = True
+        self._urgency = max(self._urgency, _urgency_of(channel, activity, parts[0]))
         record = pack_record(channel, activity, session_id, parts)
         self.journal.append(record)
         return len(record)
