@@ -449,7 +449,8 @@ class Kernels:
                     return
                 for item in items:
                     yield item
-                if not follow and until == math.inf:
+                # A gap may come first, and says nothing of the end
+                if not follow and until == math.inf and reading.end:
                     until = reading.end
         except TimeoutError:
             raise AgentUnreachable(f"the agent of kernel {kernel_id} does not answer") from None
