@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -234,20 +235,19 @@ class MessagesHandler(StreamHandler):
             raise web.HTTPError(406, f"This can be had as {NDJSON} or {SSE}")
         follow = self.get_query_argument("follow", "0").lower() in ("1", "true", "yes", "")
         messages = self.kernels.messages(kernel_id, self.number("since") or 1, follow=follow)
-        try:
-            await self.until_closed(self._stream(messages, kind), None)
-        finally:
-            await messages.aclose()
+        await self.until_closed(self._stream(messages, kind), None)
 
-    async def _stream(self, messages: AsyncIterator[KernelMessage | Gap], kind: str) -> None:
+    async def _stream(self, messages: AsyncGenerator[KernelMessage | Gap, None], kind: str) -> None:
         encode = _message_as_sse if kind == SSE else _message_as_line
         try:
-            async for item in messages:
-                if not self._headers_written:
-                    self.begin_stream(kind)
-                self.write(encode(item))
-                # Waits until the client takes it; so much and no more is in memory.
-                await self.flush()
+            # Closed here, where it is read: nobody else may while a reading goes on.
+            async with aclosing(messages):
+                async for item in messages:
+                    if not self._headers_written:
+                        self.begin_stream(kind)
+                    self.write(encode(item))
+                    # Waits until the client takes it; so much and no more is in memory.
+                    await self.flush()
         except StreamClosedError:
             return
         self.begin_stream(kind)
