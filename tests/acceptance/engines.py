@@ -14,7 +14,8 @@ START_DOCKER = Path(__file__).parents[2] / "scripts/start-docker"
 class SecondEngine:
     """In a network namespace of its own: it would take docker0 away from the first otherwise."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
+        """`options`: more of dockerd's."""
         self.root = Path(tempfile.mkdtemp(prefix="sorna-engine-", dir="/var/tmp"))
         self.socket = self.root / "docker.sock"
         self.namespace = self.root.name
@@ -24,6 +25,7 @@ class SecondEngine:
             "DOCKER_RUN": str(self.root / "run"),
             "DOCKER_LOG": str(self.root / "log"),
             "DOCKER_NETNS": self.namespace,
+            "DOCKER_OPTIONS": " ".join(options),
         }
         self.env.pop("DOCKER_HOST", None)
 
