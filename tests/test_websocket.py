@@ -145,6 +145,18 @@ async def test_a_load_balancer_sees_a_ping_every_now_and_then(tmp_path, caplog):
     assert "websocket_ping" not in caplog.text
 
 
+async def test_a_client_that_answers_pings_stays_connected(tmp_path):
+    settings = {"ws_ping_interval": 20, "ws_ping_timeout": 200}  # milliseconds
+    async with running_app(tmp_path, ServerApp={"tornado_settings": settings}) as app:
+        socket = await app.socket(await app.start_kernel())
+        pings = []
+        socket.connection.on_ping = pings.append
+
+        await until(lambda: len(pings) > 30 or socket.close_code)
+
+        assert socket.close_code is None
+
+
 # -- messages to the kernel ------------------------------------------------------------------
 
 

@@ -168,6 +168,8 @@ class KernelChannelsHandler(KernelWebsocketHandler):
         return protocol
 
     def on_pong(self, data: bytes) -> None:
+        # The mixin closes sockets that have not answered for 90 s.
+        super().on_pong(data)  # type: ignore[no-untyped-call]
         if self.connection is not None:
             self.connection.on_pong(data)
 
