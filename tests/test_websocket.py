@@ -674,6 +674,20 @@ async def test_gateway_client_gets_all_else_as_everyone_does(app, kernel_id):
     assert len((await socket.receive())[2]["text"]) == 9 << 20
 
 
+async def test_gateway_client_sends_binary_frames_as_text(app, kernel_id):
+    """It takes them for JSON: what tornado would break off over is read as what it is."""
+    socket = await app.socket(kernel_id, headers=PROXY)
+    parts = [b'{"msg_id": "m", "msg_type": "comm_msg"}', b"{}", b"{}", b'{"data": 1}', b"\xff\x00"]
+    frame = LEGACY.encode("shell", parts)
+    assert isinstance(frame, bytes)
+
+    await socket.connection.write_message(frame, binary=False)
+
+    async with asyncio.timeout(10):
+        channel, arrived = await (await app.attached()).sent.get()
+    assert (channel, arrived[-1]) == ("shell", b"\xff\x00")
+
+
 async def test_a_tornado_client_that_speaks_v1_gets_its_buffers(app, kernel_id):
     socket = await app.socket(kernel_id, V1_PROTOCOL, headers=PROXY)
 
