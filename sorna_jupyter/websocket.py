@@ -63,6 +63,11 @@ PING_DELAY = 0.1
 MAX_PINGS = 8
 """that wait for their answers at once"""
 
+ADVICE = (
+    "Start it with --ServerApp.kernel_websocket_connection_class="
+    "sorna_jupyter.remote.gateway_url.GatewayConnection, which can, or open this server's own page."
+)
+
 TEXT, BINARY, PING = 0x81, 0x82, 0x89
 """a websocket frame's first byte: final, and what it carries"""
 
@@ -391,22 +396,15 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         On a binary frame its reader ends for good, without an error; above 10 MiB its client
         closes the socket.
         """
-        advice = (
-            "Connect to this server directly, or read it over REST: "
-            f"POST {self.websocket_handler.settings['base_url']}api/kernels/{self.kernel_id}"
-            "/execute\n"
-        )
         size = sum(map(len, parts))
         if self._too_big(parts[:JSON_PARTS]):
-            return (
-                f"[An output of {size / 2**20:.1f} MiB was left out: --gateway-url carries no "
-                f"more than {self.proxy_message_limit / 2**20:.0f} MiB. {advice[:-1]}]\n"
-            )
+            limit = self.proxy_message_limit / 2**20
+            what = f"An output of {size / 2**20:.1f} MiB was left out"
+            why = f"jupyter_server's --gateway-url carries no more than {limit:.0f} MiB"
+            return f"[{what}: {why}. {ADVICE}]\n"
         if len(parts) > JSON_PARTS:
-            return (
-                "[Binary buffers were left out: --gateway-url can't carry them, so widgets that "
-                f"need them stay empty. {advice[:-1]}]\n"
-            )
+            what = "Binary buffers were left out, and widgets that need them stay empty"
+            return f"[{what}: jupyter_server's --gateway-url can't carry them. {ADVICE}]\n"
         return ""
 
     def _too_big(self, parts: list[bytes]) -> bool:

@@ -341,3 +341,38 @@ def text_of(outputs: list[dict[str, Any]]) -> str:
         elif "text/plain" in output.get("data", {}):
             parts.append(output["data"]["text/plain"])
     return "".join("".join(part) for part in parts)
+
+
+def start_front(
+    url: str, token: str, *args: str, program: str = "server", env: dict[str, str] | None = None
+) -> Gateway:
+    """A stock `jupyter PROGRAM --gateway-url=URL ARGS`, as a laptop would run it."""
+    home = Home()
+    log = home.root / "front.log"
+    port = free_port()
+    argv = [command("jupyter"), program, "--no-browser", "--allow-root", f"--port={port}"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*argv, "--IdentityProvider.token=t", f"--gateway-url={url}", *args],
+            env=home.env | {"JUPYTER_GATEWAY_AUTH_TOKEN": token} | (env or {}),
+            cwd=home.work,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    front = Gateway(process, home, log)
+    front.url, front.token = f"http://127.0.0.1:{port}", "t"
+
+    def answers() -> bool:
+        assert process.poll() is None, front.output
+        try:
+            return front.get("/api", timeout=10).ok
+        except requests.ConnectionError:
+            return False
+
+    try:
+        wait_until(answers, "the server in front answers", 60)
+    except BaseException:
+        front.dispose()
+        raise
+    return front

@@ -7,6 +7,7 @@ models are the stock ones: each front-end depends on some detail of them.
 
 from __future__ import annotations
 
+from asyncio import Future
 from http.client import responses
 from typing import Any, cast
 
@@ -146,6 +147,18 @@ class KernelActionHandler(SornaAPIHandler):
             self.write_json(kernel_model(self.kernels.get(kernel_id)))
 
 
+class _LenientProtocol(WebSocketProtocol13):
+    """jupyter_server with --gateway-url sends a front-end's binary frames on as text, over which
+    tornado would break the connection off. They begin with a zero byte, as no JSON does."""
+
+    TEXT, BINARY = 0x1, 0x2
+
+    def _handle_message(self, opcode: int, data: bytes) -> Future[None] | None:
+        if opcode == self.TEXT and data.startswith(b"\0"):
+            opcode = self.BINARY
+        return super()._handle_message(opcode, data)
+
+
 class KernelChannelsHandler(KernelWebsocketHandler):
     """The stock one with clearer refusals; the work is `websocket.SornaWebsocketConnection`'s."""
 
@@ -165,9 +178,12 @@ class KernelChannelsHandler(KernelWebsocketHandler):
         if isinstance(protocol, WebSocketProtocol13):
             protocol.params.ping_interval = None
             protocol.params.ping_timeout = None
+            protocol = _LenientProtocol(self, mask_outgoing=False, params=protocol.params)
         return protocol
 
     def on_pong(self, data: bytes) -> None:
+        # The mixin closes sockets that have not answered for 90 s.
+        super().on_pong(data)  # type: ignore[no-untyped-call]
         if self.connection is not None:
             self.connection.on_pong(data)
 

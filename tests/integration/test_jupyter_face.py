@@ -1,13 +1,12 @@
 """Both framings against real kernels, through the whole gateway."""
 
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from tests.gateways import Gateway, Home, command, free_port, wait_until
+from tests.gateways import Gateway, start_front, wait_until
 from tests.kernel_socket import FRAMINGS, KernelSocket
 
 
@@ -182,42 +181,10 @@ def test_a_kernels_environment_is_what_was_asked_and_nothing_of_the_servers(
 
 @pytest.fixture(scope="module")
 def proxy(local_gateway: Gateway) -> Iterator[Gateway]:
-    home = Home()
-    log = home.root / "proxy.log"
-    port = free_port()
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [
-                command("jupyter"),
-                "server",
-                "--no-browser",
-                "--allow-root",
-                f"--port={port}",
-                f"--gateway-url={local_gateway.url}",
-                f"--GatewayClient.auth_token={local_gateway.token}",
-                "--IdentityProvider.token=t",
-            ],
-            env=home.env | {"KERNEL_USERNAME": "carol"},
-            cwd=home.work,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    proxy = Gateway(process, home, log)
-    proxy.url, proxy.token = f"http://127.0.0.1:{port}", "t"
-
-    def answers() -> bool:
-        assert process.poll() is None, proxy.output
-        try:
-            return proxy.get("/api").ok
-        except OSError:
-            return False
-
-    try:
-        wait_until(answers, "the proxy answers", 60)
-        yield proxy
-    finally:
-        proxy.dispose()
+    env = {"KERNEL_USERNAME": "carol"}
+    proxy = start_front(local_gateway.url, local_gateway.token, env=env)
+    yield proxy
+    proxy.dispose()
 
 
 def test_gateway_client_lists_specs_also_with_kernel_username(proxy: Gateway) -> None:
