@@ -30,7 +30,6 @@ from tests.acceptance.fault_parts import (
     Tab,
     difference,
     hole_in,
-    of,
     once,
     rss,
     units,
@@ -127,16 +126,16 @@ class Visitor(threading.Thread):
             except (OSError, websocket.WebSocketException):
                 continue
             wait_until(
-                lambda: of(tab.items, parent) or len(tab.connections) > cuts,  # noqa: B023
+                lambda: tab.of(parent) or len(tab.connections) > cuts,  # noqa: B023
                 "the cell begins or the connection ends",
                 PATIENCE,
             )
-            if of(tab.items, parent):
+            if tab.of(parent):
                 return parent
 
 
 def _missing(tab: Tab, parent: str, cell: Cell) -> str:
-    numbers = [unit for unit in once(units(of(tab.items, parent))) if isinstance(unit, int)]
+    numbers = [unit for unit in once(units(tab.of(parent))) if isinstance(unit, int)]
     return "" if numbers == list(range(cell.count)) else f"{len(numbers)} lines of {cell.count}"
 
 

@@ -8,9 +8,11 @@ answered by the library, no idea of sequence numbers. `Follower` reads `GET …/
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -20,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
 import websocket
 
 from tests.chaos import ChaosProxy
@@ -37,15 +38,41 @@ IN_FLIGHT = 1.0
 """seconds for which, on a machine that is busy, an acknowledgement may be under way"""
 
 
-class Tab:
+class Reader:
+    """What some client got, sorted by the request that it belongs to."""
+
+    def __init__(self) -> None:
+        self._items: list[Message] = []
+        self._by_parent: dict[str | None, list[Message]] = {}
+
+    def _take(self, item: Message) -> None:
+        self._items.append(item)
+        if "gap" not in item:
+            self._by_parent.setdefault(item["parent_header"].get("msg_id"), []).append(item)
+
+    @property
+    def items(self) -> list[Message]:
+        """Messages, and gaps of those who get them."""
+        return list(self._items)
+
+    def of(self, parent: str) -> list[Message]:
+        """Messages that answer this request."""
+        return list(self._by_parent.get(parent, ()))
+
+    def has_finished(self, parent: str) -> bool:
+        """Its idle is here."""
+        return any(map(_is_idle, self.of(parent)))
+
+
+class Tab(Reader):
     """A websocket client of one kernel that comes back by itself, in a thread of its own."""
 
     def __init__(self, url: str, kernel_id: str, token: str) -> None:
+        super().__init__()
         self.session = uuid.uuid4().hex
         self.connections: list[float] = []
         """when each of them began"""
         self._frames: list[tuple[float, bytes]] = []
-        self._items: list[Message] = []
         self._decoding = threading.Lock()
         self.reads = threading.Event()
         """cleared: what comes stays in the socket"""
@@ -91,21 +118,28 @@ class Tab:
     @property
     def items(self) -> list[Message]:
         """All that came, over all connections, with the moment when it was read, as `read`."""
+        self._decode()
+        return super().items
+
+    def of(self, parent: str) -> list[Message]:
+        self._decode()
+        return super().of(parent)
+
+    def _decode(self) -> None:
+        """Not as it comes: a client that is slow has read less than it got when it is cut."""
         with self._decoding:
-            # Not as it comes: a client that is slow has read less than it got when it is cut
             for moment, frame in self._frames[len(self._items) :]:
-                self._items.append(decode_v1(frame) | {"read": moment})
-            return list(self._items)
+                self._take(decode_v1(frame) | {"read": moment})
 
     def has_seen(self, msg_type: str, parent: str | None = None) -> bool:
-        messages = self.items if parent is None else of(self.items, parent)
+        messages = self.items if parent is None else self.of(parent)
         return any(m["header"]["msg_type"] == msg_type for m in messages)
 
     def has_finished(self, parent: str) -> bool:
-        """Its idle is here, and its reply if the request was ours."""
-        messages = of(self.items, parent)
+        """…and its reply, if the request was ours."""
+        messages = self.of(parent)
         is_mine = any(m["parent_header"]["session"] == self.session for m in messages)
-        return any(_is_idle(m) for m in messages) and (
+        return super().has_finished(parent) and (
             not is_mine or any(m["header"]["msg_type"] == "execute_reply" for m in messages)
         )
 
@@ -169,65 +203,51 @@ class Tab:
             yield frame
 
 
-class Follower:
+class Follower(Reader):
     """Reads a kernel's messages by `since`, comes back after whatever ends its connection."""
 
     def __init__(self, url: str, kernel_id: str, token: str, since: int = 1) -> None:
-        self._items: list[Message] = []
-        self._url = f"{url}/api/kernels/{kernel_id}/messages"
+        super().__init__()
+        self.next = since
+        self._address = url.removeprefix("http://")
+        self._path = f"/api/kernels/{kernel_id}/messages"
         self._headers = {"Authorization": f"token {token}", "Accept": "application/x-ndjson"}
-        self._next = since
         self._is_closing = False
-        self._response: requests.Response | None = None
+        self._connection: http.client.HTTPConnection | None = None
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
         self._thread.start()
 
-    @property
-    def items(self) -> list[Message]:
-        """Messages and gaps."""
-        return list(self._items)
-
-    def has_finished(self, parent: str) -> bool:
-        return any(map(_is_idle, of(messages_of(self.items), parent)))
-
     def close(self) -> None:
         self._is_closing = True
-        if (response := self._response) is not None:
-            _shut(response)
-        self._thread.join(30)
-        assert not self._thread.is_alive()
+        wait_until(self._has_ended, "the follower ends")
+
+    def _has_ended(self) -> bool:
+        if (connection := self._connection) is not None and (sock := connection.sock) is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the reader
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while not self._is_closing:
+            self._connection = http.client.HTTPConnection(self._address, timeout=120)
             try:
-                self._read()
-            except requests.RequestException:
+                self._read(self._connection)
+            except (OSError, http.client.HTTPException):
                 pass  # cut: we come back
+            finally:
+                self._connection.close()
             threading.Event().wait(PAUSE)
 
-    def _read(self) -> None:
-        with requests.get(
-            self._url,
-            params={"since": str(self._next), "follow": "1"},
-            headers=self._headers,
-            stream=True,
-            timeout=60,
-        ) as response:
-            self._response = response
-            if response.status_code != 200:
-                return  # the gateway has just begun
-            for line in response.iter_lines(chunk_size=None):
-                if line:  # an empty one says that the connection lives
-                    item = json.loads(line)
-                    self._items.append(item)
-                    self._next = (item["gap"]["to"] if "gap" in item else item["seq"]) + 1
-
-
-def _shut(response: requests.Response) -> None:
-    """Wake whoever reads it."""
-    connection = getattr(response.raw, "connection", None)
-    if connection is not None and connection.sock is not None:
-        connection.sock.shutdown(2)
+    def _read(self, connection: http.client.HTTPConnection) -> None:
+        connection.request("GET", f"{self._path}?since={self.next}&follow=1", headers=self._headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            return  # the gateway has just begun
+        for line in response:
+            if line.strip():  # an empty one says that the connection lives
+                item = json.loads(line)
+                self._take(item)
+                self.next = (item["gap"]["to"] if "gap" in item else item["seq"]) + 1
 
 
 def _is_idle(message: Message) -> bool:

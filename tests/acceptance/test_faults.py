@@ -30,7 +30,7 @@ from tests.acceptance.fault_parts import (
     DOUBT,
     IN_FLIGHT,
     Cell,
-    Follower,
+    Reader,
     Scene,
     Tab,
     difference,
@@ -221,6 +221,7 @@ def test_everyone_gets_what_the_kernel_sent(
 ) -> None:
     with scenes.round(runtime, seed) as (scene, rng):
         by_tab, over_rest = some_cell(rng), some_cell(rng)
+        since = scene.follower.next
 
         parent = scene.far.execute(by_tab.code)
         wait_until(lambda: scene.near.has_seen("status", parent), "the cell begins")
@@ -229,8 +230,8 @@ def test_everyone_gets_what_the_kernel_sent(
         FAULTS[fault][0](scene, rng)
         everyone_has_finished(scene, [parent, run_id])
 
-        everyone_has_all(scene, parent, by_tab)
-        everyone_has_all(scene, run_id, over_rest)
+        everyone_has_all(scene, parent, by_tab, since)
+        everyone_has_all(scene, run_id, over_rest, since)
         run = scene.run(run_id)
         assert difference(text_of(run["outputs"]), over_rest) == "", "the run"
         assert run["status"] == "ok"
@@ -245,7 +246,7 @@ def test_what_a_killed_relay_could_not_hear_is_announced_and_nothing_else_is_los
     scenes: Scenes, runtime: str, seed: str
 ) -> None:
     with scenes.round(runtime, seed) as (scene, rng):
-        cell = Cell(600, 0.005)
+        cell = Cell(400, 0.005)
 
         by_tab, over_rest = scene.far.execute(cell.code), scene.submit(cell.code)
         request_id = rng.choice((by_tab, over_rest))
@@ -280,7 +281,7 @@ def some_cell(rng: random.Random) -> Cell:
 
 
 def everyone_has_finished(scene: Scene, parents: list[str], timeout: float = 30) -> None:
-    readers: dict[str, Tab | Follower] = {
+    readers: dict[str, Reader] = {
         "far": scene.far,
         "near": scene.near,
         "follower": scene.follower,
@@ -289,7 +290,7 @@ def everyone_has_finished(scene: Scene, parents: list[str], timeout: float = 30)
     def late() -> dict[str, list[str]]:
         """Who, and the last lines that they have."""
         return {
-            f"{name}, cell {number}": printed(messages_of(reader.items), parent).split()[-3:]
+            f"{name}, cell {number}": printed(reader.of(parent), parent).split()[-3:]
             for name, reader in readers.items()
             for number, parent in enumerate(parents)
             if not reader.has_finished(parent)
@@ -305,13 +306,13 @@ def everyone_has_finished(scene: Scene, parents: list[str], timeout: float = 30)
     wait_until(run_is_over, "the run is over")
 
 
-def everyone_has_all(scene: Scene, request_id: str, cell: Cell) -> None:
-    journal = scene.messages()
+def everyone_has_all(scene: Scene, request_id: str, cell: Cell, since: int = 1) -> None:
+    journal = scene.messages(since)
     assert hole_in(journal) == ""
     sent = of(messages_of(journal), request_id)
     assert difference(printed(sent, request_id), cell) == "", "the journal"
     assert hole_in(scene.follower.items) == ""
-    assert ids(of(messages_of(scene.follower.items), request_id)) == ids(sent), "the follower"
+    assert ids(scene.follower.of(request_id)) == ids(sent), "the follower"
     for tab in (scene.far, scene.near):
         tab_has_all(tab, sent, request_id, scene.proxy.cuts)
 
@@ -323,7 +324,7 @@ def tab_has_all(tab: Tab, sent: list[Message], request_id: str, cuts: list[float
         for m in sent
         if m["channel"] == "iopub" or m["parent_header"].get("session") == tab.session
     ]
-    got = units(of(tab.items, request_id))
+    got = units(tab.of(request_id))
 
     assert once(got) == once(units(for_it))
     twice = doubled(got)
@@ -368,7 +369,7 @@ def test_open_websockets_outlive_a_kernel_restart_and_an_agents_return(
     wait_until(lambda: scene.far.has_finished(after_return), "the cell ends")
 
     for parent in (after_restart, after_return):
-        assert difference(printed(scene.far.items, parent), cell) == ""
+        assert difference(printed(scene.far.of(parent), parent), cell) == ""
     assert len(scene.far.connections) == len(scene.near.connections) == 1
 
 
@@ -393,7 +394,7 @@ def test_a_restart_of_the_docker_engine_costs_nothing(
     cell = Cell(700, 0.01)
 
     parent = scene.far.execute(cell.code)
-    wait_until(lambda: printed(scene.near.items, parent), "the cell prints")
+    wait_until(lambda: printed(scene.near.of(parent), parent), "the cell prints")
     lasting_engine.stop()
     lasting_engine.start()
     assert not scene.near.has_finished(parent)
@@ -444,9 +445,9 @@ def test_a_full_disk_loses_nothing_that_is_read_in_time(
     wait_until(lambda: scene.near.has_finished(after), "the kernel runs on")
 
     for reader in (scene.far, scene.near):
-        assert difference(printed(reader.items, parent), small) == ""
-        assert difference(printed(reader.items, run_id), big) == ""
-        assert difference(printed(reader.items, after), small) == ""
+        assert difference(printed(reader.of(parent), parent), small) == ""
+        assert difference(printed(reader.of(run_id), run_id), big) == ""
+        assert difference(printed(reader.of(after), after), small) == ""
     assert difference(text_of(scene.run(run_id)["outputs"]), big) == ""
     journal = scene.messages()
     assert hole_in(journal) == ""
@@ -487,7 +488,7 @@ def test_a_reader_that_does_not_read_costs_nobody_else(new_scene: NewScene, link
         trips = round_trips(neighbour, until=lambda: scene.near.has_finished(parent))
     neighbour.close()
 
-    assert difference(printed(scene.near.items, parent), cell) == ""
+    assert difference(printed(scene.near.of(parent), parent), cell) == ""
     assert grown() < 64 << 20, f"{grown() >> 20} MiB"
     print(f"round trips of a neighbour: {describe(trips)}")
     assert statistics.median(trips) < 0.25
@@ -497,7 +498,7 @@ def test_a_reader_that_does_not_read_costs_nobody_else(new_scene: NewScene, link
     scene.proxy.rate = None
     wait_until(lambda: scene.far.has_finished(parent), "it has caught up")
     assert unannounced(scene.far.items, parent, cell)[1] == ""
-    assert doubled(units(of(scene.far.items, parent))) == []
+    assert doubled(units(scene.far.of(parent))) == []
 
 
 @contextmanager
