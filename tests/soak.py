@@ -205,7 +205,12 @@ def main() -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     print(f"{options.kernels} kernels, {options.clients} clients, seed {options.seed}")
 
-    scene = Scene(f"--runtime={options.runtime}", "--SornaApp.default_memory=512 MiB")
+    scene = Scene(
+        f"--runtime={options.runtime}",
+        "--SornaApp.default_memory=512 MiB",
+        # Full within minutes: a journal that still fills grows, as it should
+        "--SornaApp.output_retention=1 MiB",
+    )
     try:
         soak = Soak(scene, options.kernels, options.seed)
         soak.run(options.minutes * 60, options.clients)
