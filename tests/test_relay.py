@@ -455,7 +455,8 @@ async def test_what_fell_out_of_the_journal_is_announced_as_a_gap(make_house: Ma
     await late.wait_for(lambda m: m.seq == end)
     (gap,) = late.gaps
     assert (gap.first, gap.last) == (3, late.messages[0].seq - 1)
-    assert [m.seq for m in late.messages] == list(range(gap.last + 1, end + 1))
+    # The reply may come behind the idle.
+    assert [m.seq for m in late.messages if m.seq <= end] == list(range(gap.last + 1, end + 1))
 
 
 async def test_a_subscription_gets_no_more_than_its_credit_and_then_the_rest(house: House):
