@@ -363,7 +363,7 @@ class WebsocketClient(Client):
         elif opcode == CLOSE:
             raise Closed(payload[2:].decode(errors="replace"))
         elif opcode != PONG:
-            raise NotImplementedError(f"a frame that begins with {opcode:#x}")
+            raise ValueError(f"a server sent a frame of no known kind: {opcode:#x}")
 
     def _shake_hands(self, address: tuple[str, int], target: str, token: str) -> None:
         lines = [
