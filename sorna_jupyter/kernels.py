@@ -77,6 +77,8 @@ class Kernel:
     limits: Limits
     idle_timeout: float | None
     reason: str = ""
+    revision: int = 0
+    """of the registry's row that this is made from"""
     execution_state: str = "starting"
     last_activity: float = 0.0
     seq: int = 0
@@ -468,7 +470,11 @@ class Kernels:
         kernel.seq = batch.next - 1
 
     def _apply(self, row: KernelRow) -> Kernel:
-        """Make the view say what the registry says, and tell who is attached."""
+        """Make the view say what the registry says, and tell who is attached.
+
+        Transactions may return here in another order than they were committed in: of two rows
+        the newer one stands.
+        """
         kernel = self._kernels.get(row.id)
         if kernel is None:
             kernel = Kernel(
@@ -483,14 +489,20 @@ class Kernels:
                 limits=row.limits,
                 idle_timeout=row.idle_timeout,
                 reason=row.reason,
+                revision=row.revision,
             )
             changed = True
             if not row.status.is_final:
+                if row.id in self._ended:
+                    return kernel
                 self._kernels[row.id] = kernel
+        elif row.revision < kernel.revision:
+            changed = False
         else:
             changed = kernel.status is not row.status
             kernel.status = row.status
             kernel.reason = row.reason
+            kernel.revision = row.revision
         if changed:
             self._change(kernel)
         return kernel

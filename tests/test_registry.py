@@ -749,6 +749,37 @@ async def test_upgrading_again_changes_nothing_and_loses_nothing(registry):
     assert await registry.list_kernels() == before
 
 
+async def test_kernels_of_the_first_tables_live_on_in_the_newest(database_url):
+    registry = Registry(database_url)
+    await registry.upgrade("0001")
+    engine = create_engine(database_url)
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO users (name, is_admin) VALUES ('ada', false)"))
+        connection.execute(
+            text(
+                "INSERT INTO agents (id, status, public_key, addresses, host, runtime, isolation,"
+                " cpus, memory, kernels, last_beat)"
+                " VALUES ('a1', 'alive', 'key', '[]', 'here', 'docker', 'well', 4, 1000, 9, 0)"
+            )
+        )
+        connection.execute(
+            text(
+                "INSERT INTO kernels (id, name, owner, agent_id, image, status, reason, path,"
+                " created_at, confirmed_at)"
+                " VALUES ('k1', 'python3', 'ada', 'a1', 'python3', 'running', '', '', 1, 1)"
+            )
+        )
+    engine.dispose()
+
+    await registry.upgrade()
+    [kernel] = await registry.list_kernels()
+    restarting = await registry.mark_restarting("k1")
+    await registry.close()
+
+    assert (kernel.status, kernel.revision) == (KernelStatus.RUNNING, 0)
+    assert (restarting.status, restarting.revision) == (KernelStatus.RESTARTING, 1)
+
+
 async def test_migrations_make_exactly_the_tables_of_the_models(empty, database_url):
     engine = create_engine(database_url)
     with engine.connect() as connection:

@@ -49,9 +49,9 @@ class Database:
         self._writer = self._engine.execution_options(begin="BEGIN IMMEDIATE")
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="registry")
 
-    async def upgrade(self) -> None:
+    async def upgrade(self, revision: str = "head") -> None:
         """Create or migrate the tables. Safe to repeat, and from several processes at once."""
-        await self._in_thread(self._upgrade)
+        await self._in_thread(lambda: self._upgrade(revision))
 
     async def close(self) -> None:
         """Finish what runs, then close all connections."""
@@ -78,7 +78,7 @@ class Database:
                     raise
         raise AssertionError("unreachable")
 
-    def _upgrade(self) -> None:
+    def _upgrade(self, revision: str) -> None:
         if self._engine.dialect.name == "sqlite":
             _make_private(Path(self._engine.url.database or ""))
             with closing(self._engine.raw_connection()) as raw:
@@ -92,7 +92,7 @@ class Database:
             config = Config()
             config.set_main_option("script_location", "sorna_jupyter.registry:migrations")
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
 
 
 def reading(

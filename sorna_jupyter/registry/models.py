@@ -61,6 +61,8 @@ class KernelRow:
     created_at: float
     ended_at: float | None
     idempotency_key: str | None
+    revision: int
+    """one more with every change of status or reason: of two rows of a kernel, which is newer"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,13 @@ class Kernel(Base):
     """when the status was last set or, while preparing, last reported by the agent"""
     ended_at: Mapped[float | None]
     idempotency_key: Mapped[str | None]
+    revision: Mapped[int] = mapped_column(server_default="0")
+
+    def change(self, status: KernelStatus, reason: str) -> None:
+        """Only `steps` may: it knows which change is allowed."""
+        self.status = status.value
+        self.reason = reason.replace("\0", "")
+        self.revision += 1
 
     def row(self) -> KernelRow:
         return KernelRow(
@@ -219,6 +228,7 @@ class Kernel(Base):
             created_at=self.created_at,
             ended_at=self.ended_at,
             idempotency_key=self.idempotency_key,
+            revision=self.revision,
         )
 
 

@@ -265,6 +265,7 @@ class Registry(Database):
             confirmed_at=now,
             ended_at=None,
             idempotency_key=idempotency_key,
+            revision=0,
         )
         db.add(kernel)
         return kernel.row(), True
@@ -303,7 +304,8 @@ class Registry(Database):
             raise KernelNotFound(kernel_id)
         old = KernelStatus(kernel.status)
         if old is status or (old.is_final and status.is_final):
-            kernel.reason = kernel.reason or reason
+            if reason and not kernel.reason:
+                kernel.change(old, reason)
             return kernel.row()
         return steps.move_kernel(db, kernel, status, reason, time.time() if now is None else now)
 

@@ -75,8 +75,7 @@ def move_kernel(
     old = KernelStatus(kernel.status)
     if not may_move(old, status):
         raise IllegalTransition(kernel.id, old, status)
-    kernel.status = status.value
-    kernel.reason = reason.replace("\0", "")
+    kernel.change(status, reason)
     kernel.confirmed_at = now
     if status.is_final:
         kernel.ended_at = now
@@ -221,6 +220,6 @@ def reconcile(
     if verdict.status is not old:
         return verdict.destroy, move_kernel(db, kernel, verdict.status, verdict.reason, now)
     if verdict.reason != kernel.reason:
-        kernel.reason = verdict.reason.replace("\0", "")
+        kernel.change(old, verdict.reason)
         return verdict.destroy, kernel.row()
     return verdict.destroy, None

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -233,6 +234,24 @@ async def test_two_clients_see_one_kernel_and_each_gets_its_own_replies(house: H
     one.close()
     one.close()
     assert kernel.connections == 1
+
+
+async def test_word_of_a_kernel_that_comes_after_its_end_changes_nothing(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    lost = await house.registry.mark_lost_agents(0.0, time.time() + 60)
+    back = await house.registry.record_beat(house.beats[-1], time.time())
+    assert [row.status for row in lost] == [KernelStatus.LOST]
+    assert [row.status for row in back.changed] == [KernelStatus.RUNNING]
+
+    # What the transactions gave is heard of in another order than they were done in.
+    house.kernels._apply(back.changed[0])
+    house.kernels._apply(lost[0])
+    assert house.kernels.get(kernel.id).status is KernelStatus.RUNNING
+
+    await house.kernels.stop(kernel.id)
+    house.kernels._apply(back.changed[0])
+    assert house.kernels.list() == []
+    assert await house.registry.list_kernels() == []
 
 
 async def test_a_client_that_pauses_lags_and_misses_nothing_and_others_go_on(house: House) -> None:
