@@ -7,10 +7,11 @@ On disk a journal is a directory of segments, `<number of the first record>.jour
 little-endian:
 
     header   magic and version, first, base (the journal's very first number), bytes of all records
-             from base to first, time of creation (s since 1970), crc32 of all these
-    records  u32 length, u32 crc32, the record
+             from base to first, time of creation (s since 1970), u32 checksum of all these
+    records  u32 length, u32 checksum, the record
 
-A record's crc32 starts from its number, so neither zeros nor a record out of place pass for one.
+Checksums are the low half of XXH3 (64 bits). A record's is seeded with its number, so neither zeros
+nor a record out of place pass for one.
 Nothing is fsynced: what `flush()` has written survives the end of this process by whatever signal,
 not the end of the machine, which would end the kernel as well.
 
@@ -31,7 +32,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from zlib import crc32
+
+from xxhash import xxh3_64_intdigest
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +50,10 @@ MAX_RECORD = (1 << 32) - 1
 GONE_RECORDS = 1 << 16
 """of how many dropped records the sizes are remembered, so that a gap can say its bytes"""
 
-MAGIC = b"sornaJ\x00\x01"
+MAGIC = b"sornaJ\x00\x02"
 HEADER = struct.Struct("<8sQQQd")
-CRC = struct.Struct("<I")
-HEADER_SIZE = HEADER.size + CRC.size
+CHECKSUM = struct.Struct("<I")
+HEADER_SIZE = HEADER.size + CHECKSUM.size
 RECORD = struct.Struct("<II")
 JOINED = 256 << 10
 """bytes up to which copying all into one buffer is quicker than to hand over many small ones"""
@@ -257,7 +259,7 @@ class Journal:
         buffers: list[bytes] = []
         for record in pending:
             length = len(record)
-            buffers += (pack(length, crc32(record, seq & MASK)), record)
+            buffers += (pack(length, xxh3_64_intdigest(record, seq) & MASK), record)
             seq += 1
             end += header_size
             add_offset(end)
@@ -281,7 +283,7 @@ class Journal:
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             segment.fd = os.open(segment.path, flags, 0o600)
             header = HEADER.pack(MAGIC, segment.first, self._base, before, now)
-            header += CRC.pack(crc32(header))
+            header += CHECKSUM.pack(xxh3_64_intdigest(header) & MASK)
             _write(segment.fd, [header], 0, len(header))
 
     def _roll(self) -> None:
@@ -537,18 +539,19 @@ def _read_segment(path: Path, fd: int) -> tuple[_Segment, int] | None:
         if len(header) < HEADER_SIZE:
             return None
         magic, first, base, before, born = HEADER.unpack_from(header)
-        (crc,) = CRC.unpack_from(header, HEADER.size)
-        is_sound = crc == crc32(header[: HEADER.size]) and magic == MAGIC
+        (checksum,) = CHECKSUM.unpack_from(header, HEADER.size)
+        expected = xxh3_64_intdigest(header[: HEADER.size]) & MASK
+        is_sound = checksum == expected and magic == MAGIC
         if not is_sound or path.name != _name(first):
             return None
         segment = _Segment(first, before, born, status.st_mtime, path, fd)
         while len(head := file.read(RECORD.size)) == RECORD.size:
-            length, crc = RECORD.unpack(head)
+            length, checksum = RECORD.unpack(head)
             start = segment.end + RECORD.size
             # A length that is not one must not make us read gigabytes.
             if start + length > status.st_size:
                 break
-            if crc32(file.read(length), segment.next & MASK) != crc:
+            if xxh3_64_intdigest(file.read(length), segment.next) & MASK != checksum:
                 break
             segment.offsets.append(start)
             segment.end = start + length
