@@ -184,6 +184,8 @@ class Line:
         self._replies: dict[bytes, asyncio.Future[list[bytes]]] = {}
         self.messages: list[KernelMessage] = []
         self.gaps: list[Gap] = []
+        self.deliveries = 0
+        """messages of ZeroMQ that records came in"""
         self.begins: dict[str, int] = {}
         """session → number of the first record that it has not acknowledged"""
         self._arrived = asyncio.Event()
@@ -245,6 +247,7 @@ class Line:
             elif frames[0] == protocol.OPEN:
                 self.begins[frames[2].decode()] = protocol.read_number(frames[3])
             else:
+                self.deliveries += 1
                 _, _, kernel_id, first, _, *records = frames
                 for seq, record in enumerate(records, protocol.read_number(first)):
                     item = protocol.read_record(kernel_id.decode(), seq, record)

@@ -40,7 +40,8 @@ class Poller:
         if descriptor is None:
             descriptor = self._descriptors[socket] = int(socket.getsockopt(zmq.FD))
             self._epoll.register(descriptor, select.EPOLLIN)
-        self._watched[descriptor] = _Watched(socket, handler, events)
+        # As plain numbers: an enum's & costs as much as the question itself.
+        self._watched[descriptor] = _Watched(socket, handler, int(events))
         self._suspects.add(descriptor)
 
     def unwatch(self, socket: Socket) -> None:
@@ -50,6 +51,17 @@ class Poller:
             self._epoll.unregister(descriptor)
             del self._watched[descriptor]
             self._suspects.discard(descriptor)
+
+    def rest(self, socket: Socket) -> None:
+        """Do not look at a watched socket until `wake`; what comes meanwhile wakes nobody."""
+        descriptor = self._descriptors[socket]
+        self._epoll.modify(descriptor, 0)
+        self._suspects.discard(descriptor)
+
+    def wake(self, socket: Socket) -> None:
+        descriptor = self._descriptors[socket]
+        self._epoll.modify(descriptor, select.EPOLLIN)
+        self._suspects.add(descriptor)
 
     def look_again(self, socket: Socket) -> None:
         descriptor = self._descriptors.get(socket)

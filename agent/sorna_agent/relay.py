@@ -21,6 +21,7 @@ import argparse
 import heapq
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -85,7 +86,11 @@ ACTIVITY_PAUSE = 0.1
 SHORTEST_BACKLOG_PAUSE, LONGEST_BACKLOG_PAUSE = 0.002, 0.1
 """seconds until a gateway that takes no more is tried again; doubles while it takes nothing"""
 HOLD_BACK = 0.001
-"""seconds that what is not urgent waits at most for what follows"""
+"""seconds that output right behind other output waits at most for what follows, and the reply of an
+execution for its `idle`, or the other way round. The more goes out at once, the more comes twice to
+a client that is cut off before it can acknowledge it."""
+HOLD_BEGIN = 0.005
+"""seconds that the word that a kernel begins waits"""
 SWEEP_PAUSE = 1.0
 JOURNAL_SWEEP_PAUSE = 60.0
 JOURNAL_MEMORY = 4 << 20
@@ -139,7 +144,8 @@ class Relay:
         self.poller = Poller()
         self._kernels: dict[bytes, KernelSide] = {}
         self._with_output: set[KernelSide] = set()
-        self._held_back: set[KernelSide] = set()
+        self._held_back: dict[KernelSide, float] = {}
+        """until when, monotonic"""
         self._active: set[KernelSide] = set()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_ids = count()
@@ -218,6 +224,7 @@ class Relay:
         log.info("relay listens on %s", ", ".join(self.addresses))
         while not self._is_stopping:
             self.poller.run_once(self._pause())
+            self._release()
             self._send_output()
             self._run_timers()
 
@@ -236,7 +243,8 @@ class Relay:
 
     def _pause(self) -> float:
         """Seconds to sleep at most, if no message comes."""
-        pause = max(0.0, self._timers[0][0] - time.monotonic())
+        until = min([self._timers[0][0], *self._held_back.values()])
+        pause = max(0.0, until - time.monotonic())
         if self._with_output or self._outboxes:
             # Something is left that a gateway did not take, or that did not fit into one round.
             return min(pause, self._backlog_pause)
@@ -276,20 +284,28 @@ class Relay:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_ids), action))
 
     def on_output(self, kernel: KernelSide, urgency: Urgency = Urgency.NOW) -> None:
-        """A word that a kernel begins, and output right behind other output, wait a moment for
-        what follows: most of the wake-ups of quick executes and of floods of small prints, here,
-        in the gateway and in its clients."""
-        is_first = time.monotonic() - kernel.sent_at > HOLD_BACK
+        """A word that a kernel begins, output right behind other output, and the first half of an
+        execution's end wait a moment for what follows: most of the wake-ups of quick executes and
+        of floods of small prints, here, in the gateway and in its clients."""
+        now = time.monotonic()
+        is_first = now - kernel.sent_at > HOLD_BACK
         if urgency is Urgency.NOW or (urgency is Urgency.SOON and is_first):
+            self._held_back.pop(kernel, None)
             self._with_output.add(kernel)
             return
-        if not self._held_back:
-            self.call_later(HOLD_BACK, self._release)
-        self._held_back.add(kernel)
+        if urgency is Urgency.SOON:
+            kernel.rest()
+        pause = HOLD_BEGIN if urgency is Urgency.LATER else HOLD_BACK
+        self._held_back[kernel] = min(now + pause, self._held_back.get(kernel, math.inf))
 
     def _release(self) -> None:
-        self._with_output |= self._held_back
-        self._held_back.clear()
+        if not self._held_back:
+            return
+        now = time.monotonic()
+        for kernel in [kernel for kernel, until in self._held_back.items() if until <= now]:
+            del self._held_back[kernel]
+            kernel.wake()
+            self._with_output.add(kernel)
 
     def on_activity(self, kernel: KernelSide) -> None:
         if not self._active:
@@ -580,7 +596,7 @@ class Relay:
                 kernel.journal.remove()
                 del self._kernels[kernel.id]
                 self._with_output.discard(kernel)
-                self._held_back.discard(kernel)
+                self._held_back.pop(kernel, None)
                 self._active.discard(kernel)
 
 

@@ -47,6 +47,8 @@ BATCH = 200
 """messages taken from one socket before the others get their turn"""
 BATCH_BYTES = 1 << 20
 """…or bytes, whichever is reached first"""
+SOON_ENOUGH = 64 << 10
+"""bytes found at once that are worth a message to the gateways, whatever they are"""
 GATEWAY_THREAD, KERNEL_THREAD = 1, 2
 """ZeroMQ's, as bits. A kernel drops what it can't get rid of (1000 messages wait, then no more), so
 whoever reads from kernels must not be busy encrypting for gateways."""
@@ -79,16 +81,10 @@ class Urgency(enum.IntEnum):
     """that the kernel begins with something"""
     SOON = 1
     """output"""
-    NOW = 2
-    """what ends an execution or asks for something"""
-
-
-def _urgency_of(channel: int, activity: Activity, header: bytes) -> Urgency:
-    if channel != IOPUB or activity is Activity.IDLE:
-        return Urgency.NOW
-    if activity is Activity.BUSY or b'"execute_input"' in header:
-        return Urgency.LATER
-    return Urgency.SOON
+    ONE_OF_TWO = 2
+    """the reply or the `idle` of an execution, whichever comes first"""
+    NOW = 3
+    """the other one, or what asks for something"""
 
 
 class Watcher(Protocol):
@@ -179,7 +175,10 @@ class KernelSide:
         """session → number of the first record that its client has not acknowledged"""
         self._probe: _Probe | None = None
         self._is_active = False
+        self._is_resting = False
         self._urgency = Urgency.LATER
+        self._half_ended = b""
+        """parent header of what had its reply or its `idle` last"""
         self.sent_at = 0.0
         """monotonic time at which something of it was last sent on"""
 
@@ -229,6 +228,7 @@ class KernelSide:
         if self._iopub is not None:
             self._close(self._iopub)
             self._iopub = None
+            self._is_resting = False
         self._address = None
 
     def _connect(self, kind: int, channel: int, routing_id: bytes = b"", **options: int) -> Socket:
@@ -429,10 +429,25 @@ class KernelSide:
         self.journal.append(pack_note(LossNote(reason=reason)))
         self._watcher.on_output(self)
 
+    def rest(self) -> None:
+        """Let output gather, until `wake` or until the kernel says something on another channel:
+        then it is done, or asks."""
+        if self._iopub is not None and not self._is_resting:
+            self._is_resting = True
+            self._watcher.poller.rest(self._iopub)
+
+    def wake(self) -> None:
+        if self._iopub is not None and self._is_resting:
+            self._is_resting = False
+            self._watcher.poller.wake(self._iopub)
+
     def _drain(
         self, socket: Socket, session_id: bytes, channel: int, limit: int | None = BATCH
     ) -> bool:
         """Whether there may be more."""
+        if self._is_resting and channel != IOPUB and self._iopub is not None:
+            self.wake()
+            self._drain(self._iopub, b"", IOPUB, limit=limit)  # it came before this
         taken = size = 0
         is_empty = False
         while (limit is None or (taken < limit and size < BATCH_BYTES)) and not socket.closed:
@@ -451,7 +466,8 @@ class KernelSide:
             self.last_activity = time.time()
             self._watcher.on_activity(self)
         if taken:
-            self._watcher.on_output(self, self._urgency)
+            is_much = not is_empty or size > SOON_ENOUGH
+            self._watcher.on_output(self, Urgency.NOW if is_much else self._urgency)
             self._urgency = Urgency.LATER
         return not is_empty
 
@@ -479,7 +495,7 @@ class KernelSide:
                 self._is_active = True
         if (size := sum(map(len, parts))) > self._max_message:
             parts = self._too_large(channel, parts, size)
-        self._urgency = max(self._urgency, _urgency_of(channel, activity, parts[0]))
+        self._urgency = max(self._urgency, self._urgency_of(channel, activity, parts))
         record = pack_record(channel, activity, session_id, parts)
         self.journal.append(record)
         return len(record)
@@ -518,6 +534,18 @@ class KernelSide:
         if parent_is_tracked or msg_type not in UNTRACKED:
             return Activity.ACTIVE
         return Activity.NOTHING
+
+    def _urgency_of(self, channel: int, activity: Activity, parts: list[bytes]) -> Urgency:
+        if channel == SHELL or activity is Activity.IDLE:
+            is_whole = parts[1] == self._half_ended
+            self._half_ended = parts[1]
+            # A reply while it is idle answers something that does not make it busy.
+            is_half = not is_whole and (channel == IOPUB or self.execution_state == "busy")
+            return Urgency.ONE_OF_TWO if is_half else Urgency.NOW
+        if channel != IOPUB:
+            return Urgency.NOW
+        begins = activity is Activity.BUSY or b'"execute_input"' in parts[0]
+        return Urgency.LATER if begins else Urgency.SOON
 
     def _ongoing(self) -> Activity:
         return Activity.ACTIVE if self.execution_state == "busy" else Activity.NOTHING
