@@ -390,6 +390,8 @@ _RECORD = struct.Struct("<BBH")
 """channel, activity, length of the session id (which follows; empty: on iopub, for everyone)"""
 _PLAIN = struct.Struct("<7Q")
 """count and offsets of a message without buffers"""
+_HEADER_OFFSETS = struct.Struct("<2Q")
+"""where a message's header begins and ends; behind the count and the offset of the channel"""
 _NAMES = [name.encode() for name in CHANNELS]
 
 
@@ -510,8 +512,16 @@ class KernelMessage:
         return self._parts
 
     @property
+    def header(self) -> bytes:
+        """The first of the parts, without a look at the others, which may be large."""
+        if self._parts is not None:
+            return self._parts[0]
+        begin, end = _HEADER_OFFSETS.unpack_from(self.frame, 2 * 8)
+        return bytes(self.frame[begin:end])
+
+    @property
     def msg_type(self) -> str:
-        return read_header(self.parts[0]).msg_type
+        return read_header(self.header).msg_type
 
 
 def read_record(kernel_id: str, seq: int, record: bytes | memoryview) -> KernelMessage | Gap:

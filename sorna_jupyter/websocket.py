@@ -206,7 +206,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
                 self._has_lagged = False
         if not batch.for_everyone:
             for message in batch.messages:
-                if message.channel == "shell" and b'"execute_reply"' in message.parts[0]:
+                if message.channel == "shell" and b'"execute_reply"' in message.header:
                     self._forget_answered(message)
         if self._hides_tracebacks or self._is_proxy or self._is_compressed:
             pieces = []
@@ -269,7 +269,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         how its kernel is."""
         messages = batch.messages
         return len(messages) <= 4 and all(
-            message.channel == "shell" or any(name in message.parts[0] for name in REPEATABLE)
+            message.channel == "shell" or any(name in message.header for name in REPEATABLE)
             for message in messages
         )
 
@@ -519,7 +519,7 @@ def with_streams_joined(batch: Batch) -> Batch:
 
 
 def _stream_of(message: KernelMessage) -> _Stream | None:
-    if message.channel != "iopub" or b'"stream"' not in message.parts[0]:
+    if message.channel != "iopub" or b'"stream"' not in message.header:
         return None
     try:
         if message.msg_type == "stream" and len(message.parts) == JSON_PARTS:
