@@ -88,14 +88,16 @@ def versions() -> dict[str, str]:
 
 
 def cells(results: Results, row: Row) -> list[str]:
-    """Medians, and how many times the straight way's they are."""
+    """Medians, and how many times the straight way's they are; or jupyter_server's, where there is
+    no straight way."""
+    base = "direct" if "direct" in results.values.get(row.key, {}) else "jupyter-server"
     texts = []
     for server in results.columns:
         value = results.median(row.key, server)
         if value is None:
             texts.append("–")
             continue
-        ratio = results.ratio(row.key, server, "direct") if server != "direct" else None
+        ratio = results.ratio(row.key, server, base) if server != base else None
         shows_ratio = ratio is not None and row.unit not in ("", "B")
         texts.append(f"{value:,.{row.digits}f}" + (f" ({ratio:.2f}×)" if shows_ratio else ""))
     return texts
@@ -137,7 +139,7 @@ def markdown(results: Results) -> str:
         f"{about['date']}, {about['machine']}. "
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         + f". {about['scale']['rounds']} interleaved rounds, medians; in brackets: times straight "
-        "ZeroMQ's of the same round.",
+        "ZeroMQ's of the same round, or jupyter_server's where there is no straight way.",
         "",
         "![Speed against straight ZeroMQ and the peers](performance.svg)",
         "",
