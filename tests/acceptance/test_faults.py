@@ -14,6 +14,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import statistics
 import subprocess
 import threading
@@ -270,6 +271,27 @@ def test_what_a_killed_relay_could_not_hear_is_announced_and_nothing_else_is_los
         assert got == [n for n in range(cell.count) if n not in lost_by_run]
         if lost_by_run:
             assert any(o.get("name") == "stderr" for o in run["outputs"]), "the run is not told"
+
+
+@pytest.mark.parametrize("runtime", ["local", "docker"])
+def test_what_a_kernel_says_while_the_relay_stands_still_waits_in_the_kernel(
+    scenes: Scenes, runtime: str
+) -> None:
+    """As on a machine with far too much to do: a kernel's own socket used to drop all above 1000
+    messages, and no one could know."""
+    with scenes.round(runtime, "stand still") as (scene, _):
+        cell = Cell(20_000, width=100)
+        since = scene.follower.next
+        relay = scene.pid("sorna_agent.relay")
+
+        parent = scene.near.execute(cell.code)
+        wait_until(lambda: scene.near.has_seen("status", parent), "the cell begins")
+        os.kill(relay, signal.SIGSTOP)
+        time.sleep(cell.seconds / 3)
+        os.kill(relay, signal.SIGCONT)
+        wait_until(lambda: scene.near.has_finished(parent), "the cell ends", 60)
+
+        everyone_has_all(scene, parent, cell, since)
 
 
 MOST_LOST = 3.0
