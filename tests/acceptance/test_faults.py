@@ -280,7 +280,7 @@ def test_what_a_kernel_says_while_the_relay_stands_still_waits_in_the_kernel(
     """As on a machine with far too much to do: a kernel's own socket used to drop all above 1000
     messages, and no one could know."""
     with scenes.round(runtime, "stand still") as (scene, _):
-        cell = Cell(20_000, width=100)
+        cell = Cell(10_000, width=100)
         since = scene.follower.next
         relay = scene.pid("sorna_agent.relay")
 
