@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sorna_jupyter import protocol
-from sorna_jupyter.agents import AgentPool, Attachment, Reading
+from sorna_jupyter.agents import AgentPool
+from sorna_jupyter.cursors import Attachment, Reading
 from sorna_jupyter.exceptions import (
     AgentRefused,
     AgentUnreachable,
@@ -675,7 +676,7 @@ class _KernelAttachment:
         if self._attachment is not None:
             self._attachment.resume()
 
-    # -- `agents.Reader`
+    # -- `cursors.Reader`
 
     def on_batch(self, batch: Batch) -> None:
         if batch.next - 1 > self.kernel.seq:
