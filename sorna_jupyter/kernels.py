@@ -12,7 +12,7 @@ import math
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -430,12 +430,15 @@ class Kernels:
         attachment.open(self._agents, agent)
 
     async def messages(
-        self, kernel_id: str, since: int = 1, *, follow: bool = False
-    ) -> AsyncGenerator[KernelMessage | Gap, None]:
+        self, kernel_id: str, since: int = 1, *, follow: bool = False, quiet_for: float = 15
+    ) -> AsyncGenerator[Sequence[KernelMessage | Gap], None]:
         """All that left the kernel, on every channel and for every client, in order, from number
-        `since` on; to its end, or with `follow` until the kernel is over.
+        `since` on, as many at a time as there are; to its end, or with `follow` until the kernel
+        is over.
 
-        Read as fast as the caller iterates. Raises `KernelNotFound`, `Unavailable`.
+        With `follow`, an empty list comes at once, when what comes will not be missed, and tells
+        later that nothing came for `quiet_for` seconds. Read as fast as the caller iterates. Raises
+        `KernelNotFound`, `Unavailable`.
         """
         try:
             kernel = await self.wait_ready(kernel_id, self._start_wait)
@@ -444,19 +447,26 @@ class Kernels:
         reading = self._agents.read(await self._agent_of(kernel), kernel_id, max(1, since))
         kernel.readings.append(reading)
         try:
+            if follow:
+                yield []
             until = math.inf
             while reading.next < until:
-                async with asyncio.timeout(None if follow else READ_TIMEOUT):
-                    items = await reading.receive()
-                if kernel.is_over and not items:
+                try:
+                    async with asyncio.timeout(quiet_for if follow else READ_TIMEOUT):
+                        items = await reading.receive()
+                except TimeoutError:
+                    if not follow:
+                        message = f"the agent of kernel {kernel_id} does not answer"
+                        raise AgentUnreachable(message) from None
+                    yield []
+                    continue
+                if items:
+                    yield items
+                elif kernel.is_over:
                     return
-                for item in items:
-                    yield item
                 # A gap may come first, and says nothing of the end
                 if not follow and until == math.inf and reading.end:
                     until = reading.end
-        except TimeoutError:
-            raise AgentUnreachable(f"the agent of kernel {kernel_id} does not answer") from None
         finally:
             kernel.readings.remove(reading)
             reading.close()

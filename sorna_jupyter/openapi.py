@@ -91,6 +91,7 @@ class KernelModel(msgspec.Struct):
 
 
 REF = "#/components/schemas/{name}"
+EMPTY_LINES = "; empty lines mean nothing"
 
 
 def document(base_url: str) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def _operation(
 
 
 def _run() -> dict[str, Any]:
-    lines = "one `Event` a line; empty lines mean nothing"
+    lines = f"one `Event` a line{EMPTY_LINES}"
     return {
         "200": {
             "description": "The run, or its events as they come",
@@ -250,7 +251,7 @@ def _lines_of(what: str) -> dict[str, Any]:
             "description": "Messages, in their order",
             "content": {
                 "application/x-ndjson": {
-                    "schema": {"type": "string", "description": f"one {what} a line"}
+                    "schema": {"type": "string", "description": f"one {what} a line{EMPTY_LINES}"}
                 },
                 "text/event-stream": {
                     "schema": {"type": "string", "description": f"`data:` is a {what}"}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -37,7 +37,8 @@ MAX_FAILURES = 6
 
 
 class Messages(Protocol):
-    """`Kernels.messages`: what left a kernel, numbered `since` and higher, and what is lost of it.
+    """`Kernels.messages`: what left a kernel, numbered `since` and higher, and what is lost of it,
+    as many at a time as there are.
 
     With `follow` also what comes, until the kernel is over. Raises `SornaError`, and `TimeoutError`
     for a kernel that does not get ready.
@@ -45,7 +46,7 @@ class Messages(Protocol):
 
     def __call__(
         self, kernel_id: str, since: int, *, follow: bool
-    ) -> AsyncGenerator[KernelMessage | Gap, None]: ...
+    ) -> AsyncGenerator[Sequence[KernelMessage | Gap], None]: ...
 
 
 class UnattendedCells:
@@ -323,10 +324,11 @@ class _Absence:
         try:
             messages = self._service.messages(self._kernel.id, self._next, follow=follow)
             async with aclosing(messages):
-                async for item in messages:
-                    self._take_one(item)
-                    if self.cells.are_over:
-                        return
+                async for items in messages:
+                    for item in items:
+                        self._take_one(item)
+                        if self.cells.are_over:
+                            return
             if follow:
                 self.end("")  # the kernel is over
         except (SornaError, TimeoutError) as error:

@@ -24,11 +24,13 @@ from tornado.netutil import bind_sockets
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 from traitlets.config import Config
 
+from sorna_jupyter.cursors import Cursor, Reading
 from sorna_jupyter.exceptions import SornaError
 from sorna_jupyter.faces import jupyter
 from sorna_jupyter.kernels import Kernels
 from sorna_jupyter.live import MemoryLive
 from sorna_jupyter.protocol import (
+    CHANNELS,
     Activity,
     Batch,
     Beat,
@@ -40,6 +42,7 @@ from sorna_jupyter.protocol import (
     Limits,
     RestartKernel,
     Slots,
+    pack_record,
 )
 from sorna_jupyter.registry import Policy, Registry
 from sorna_jupyter.wire import LEGACY, V1, V1_PROTOCOL
@@ -111,10 +114,49 @@ class Attached:
         self.reader.on_batch(Batch([message]))
 
 
+class Relay:
+    """In place of the way to the relay, for who reads a journal; a test says what is in it."""
+
+    def __init__(self) -> None:
+        self.cursors: list[Cursor] = []
+
+    def new_name(self) -> bytes:
+        return uuid.uuid4().bytes
+
+    def send(self, frames: list[bytes]) -> None: ...
+
+    def subscribe(self, cursor: Cursor) -> None:
+        self.cursors.append(cursor)
+
+    def unsubscribe(self, cursor: Cursor) -> None:
+        if cursor in self.cursors:
+            self.cursors.remove(cursor)
+
+    def credit(self, cursor: Cursor, size: int) -> None: ...
+
+    def acknowledge(self, attachment: Any, seq: int) -> None: ...
+
+    def detach(self, attachment: Any) -> None: ...
+
+    async def cursor(self) -> Cursor:
+        """The one that is open, once it is."""
+        await until(lambda: self.cursors)
+        (cursor,) = self.cursors
+        return cursor
+
+
+def record(text: str) -> bytes:
+    """What a journal holds of this print."""
+    parts = [{"msg_type": "stream"}, {}, {}, {"name": "stdout", "text": text}]
+    encoded = [json.dumps(part).encode() for part in parts]
+    return pack_record(CHANNELS.index("iopub"), Activity.NOTHING, b"", encoded)
+
+
 class ObedientAgents:
     """In place of `AgentPool`."""
 
     def __init__(self) -> None:
+        self.relay = Relay()
         self.created: list[CreateKernel] = []
         self.asked: list[tuple[str, str]] = []
         self.attached: list[Attached] = []
@@ -142,6 +184,9 @@ class ObedientAgents:
     ) -> Attached:
         self.attached.append(Attached(kernel_id, session_id, reader))
         return self.attached[-1]
+
+    def read(self, agent: Any, kernel_id: str, since: int) -> Reading:
+        return Reading(self.relay, kernel_id, since)
 
     def _started(self) -> KernelStarted:
         if self.failure is not None:

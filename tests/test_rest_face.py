@@ -15,7 +15,7 @@ from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from sorna_jupyter.faces import rest
 from sorna_jupyter.protocol import KernelStatus
 from sorna_jupyter.runs import Runs
-from tests.jupyter_app import App, Attached, running_app
+from tests.jupyter_app import App, Attached, record, running_app
 from tests.waiting import until
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
@@ -355,6 +355,78 @@ async def test_another_users_run_does_not_exist(app: RestApp) -> None:
         await refusal(app, 404, "POST", path, {"value": "x"}, token=stranger)
     await refusal(app, 404, "POST", f"{app.kernel}/execute", {"code": "say x"}, token=stranger)
     await refusal(app, 404, "POST", f"{app.kernel}/complete", {"code": "x"}, token=stranger)
+
+
+# -- messages --------------------------------------------------------------------------------
+
+
+class Follower:
+    """A plain socket that reads `GET …/messages`."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def get(cls, app: RestApp, accept: str, query: str = "follow=1") -> Follower:
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.app.port)
+        writer.write(
+            f"GET {app.kernel}/messages?{query} HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n"
+            "Authorization: token the-servers-own-token\r\n\r\n".encode()
+        )
+        return cls(reader, writer)
+
+    async def head(self) -> str:
+        async with asyncio.timeout(10):
+            return (await self.reader.readuntil(b"\r\n\r\n")).decode()
+
+    async def chunk(self) -> bytes:
+        """Of the chunked body; nothing at its end."""
+        async with asyncio.timeout(10):
+            size = int(await self.reader.readline(), 16)
+            return (await self.reader.readexactly(size + 2))[:-2]
+
+
+@pytest.mark.parametrize(
+    ("accept", "quiet"), [("application/x-ndjson", b"\n"), ("text/event-stream", b": quiet\n\n")]
+)
+async def test_a_follower_of_a_silent_kernel_is_answered_at_once_and_kept(
+    app: RestApp, monkeypatch: pytest.MonkeyPatch, accept: str, quiet: bytes
+) -> None:
+    follower = await Follower.get(app, accept)
+
+    head = await follower.head()
+    assert head.startswith("HTTP/1.1 200 OK\r\n")
+    assert f"Content-Type: {accept}\r\n" in head
+    assert await follower.chunk() == quiet
+    cursor = await app.app.agents.relay.cursor()
+    cursor.take(1, 2, [record("news")])
+    assert b'"text": "news"' in await follower.chunk()
+    follower.writer.close()
+
+    monkeypatch.setattr(rest.MessagesHandler, "quiet_for", 0.01)
+    follower = await Follower.get(app, accept)
+    await follower.head()
+    assert [await follower.chunk() for _ in range(3)] == [quiet] * 3
+    follower.writer.close()
+
+
+async def test_a_followers_answer_ends_with_its_kernel(app: RestApp) -> None:
+    follower = await Follower.get(app, "application/x-ndjson")
+    await follower.head()
+    assert await follower.chunk() == b"\n"
+
+    await app.app.kernels.stop(app.kernel_id)
+
+    assert await follower.chunk() == b""
+    assert app.app.agents.relay.cursors == []
+    follower.writer.close()
+
+
+async def test_messages_of_a_kernel_that_is_not_there_are_404(app: RestApp) -> None:
+    for query in ("", "?follow=1"):
+        await refusal(app, 404, "GET", f"/api/kernels/{UNKNOWN}/messages{query}")
+    await refusal(app, 400, "GET", f"{app.kernel}/messages?since=x")
 
 
 # -- questions -------------------------------------------------------------------------------

@@ -38,13 +38,13 @@ class Journal:
 
     async def messages(
         self, kernel_id: str, since: int, *, follow: bool
-    ) -> AsyncGenerator[KernelMessage | Gap, None]:
+    ) -> AsyncGenerator[list[KernelMessage | Gap], None]:
         self.readers += 1
         try:
             place = since - 1
             while True:
                 while place < len(self.items):
-                    yield self.items[place]
+                    yield [self.items[place]]
                     place += 1
                 if self.failure:
                     raise self.failure

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -38,6 +38,8 @@ AUTH_RESOURCE = "kernels"
 RUN_ID = r"(?P<run_id>[\w-]+)"
 
 JSON, NDJSON, SSE = "application/json", "application/x-ndjson", "text/event-stream"
+QUIET = {NDJSON: b"\n", SSE: b": quiet\n\n"}
+"""what tells a reader, and every proxy on the way, that there is nothing to tell"""
 
 
 class StreamHandler(SornaAPIHandler):
@@ -139,11 +141,10 @@ class RunHandler(StreamHandler):
 
     async def _stream(self, run: Run, kind: str) -> None:
         encode = _as_sse if kind == SSE else _as_line
-        quiet = b": quiet\n\n" if kind == SSE else b"\n"
         self.begin_stream(kind)
         try:
             async for events in run.follow(self._from):
-                self.write(b"".join(map(encode, events)) or quiet)
+                self.write(b"".join(map(encode, events)) or QUIET[kind])
                 await self.flush()
         except StreamClosedError:
             return  # the run goes on; whoever wants more of it comes back with `from`
@@ -227,6 +228,9 @@ class OwnInputHandler(RunHandler):
 class MessagesHandler(StreamHandler):
     """What left the kernel, as its journal has it: on every channel, for every client."""
 
+    quiet_for = 15.0
+    """seconds without a message after which a follower gets a word, so that proxies stay"""
+
     @web.authenticated
     @authorized
     async def get(self, kernel_id: str) -> None:
@@ -234,18 +238,21 @@ class MessagesHandler(StreamHandler):
         if kind == JSON:
             raise web.HTTPError(406, f"This can be had as {NDJSON} or {SSE}")
         follow = self.get_query_argument("follow", "0").lower() in ("1", "true", "yes", "")
-        messages = self.kernels.messages(kernel_id, self.number("since") or 1, follow=follow)
+        since = self.number("since") or 1
+        messages = self.kernels.messages(kernel_id, since, follow=follow, quiet_for=self.quiet_for)
         await self.until_closed(self._stream(messages, kind), None)
 
-    async def _stream(self, messages: AsyncGenerator[KernelMessage | Gap, None], kind: str) -> None:
+    async def _stream(
+        self, messages: AsyncGenerator[Sequence[KernelMessage | Gap], None], kind: str
+    ) -> None:
         encode = _message_as_sse if kind == SSE else _message_as_line
         try:
             # Closed here, where it is read: nobody else may while a reading goes on.
             async with aclosing(messages):
-                async for item in messages:
+                async for items in messages:
                     if not self._headers_written:
                         self.begin_stream(kind)
-                    self.write(encode(item))
+                    self.write(b"".join(map(encode, items)) or QUIET[kind])
                     # Waits until the client takes it; so much and no more is in memory.
                     await self.flush()
         except StreamClosedError:
