@@ -411,6 +411,20 @@ async def test_a_follower_of_a_silent_kernel_is_answered_at_once_and_kept(
     follower.writer.close()
 
 
+async def test_a_follower_that_leaves_has_no_cursor_any_more(app: RestApp) -> None:
+    follower = await Follower.get(app, "application/x-ndjson")
+    await follower.head()
+    relay = app.app.agents.relay
+    await relay.cursor()
+    kernel = app.app.kernels.get(app.kernel_id)
+    assert len(kernel.readings) == 1
+
+    follower.writer.close()
+
+    await until(lambda: not relay.cursors)
+    assert kernel.readings == []
+
+
 async def test_a_followers_answer_ends_with_its_kernel(app: RestApp) -> None:
     follower = await Follower.get(app, "application/x-ndjson")
     await follower.head()
@@ -421,6 +435,39 @@ async def test_a_followers_answer_ends_with_its_kernel(app: RestApp) -> None:
     assert await follower.chunk() == b""
     assert app.app.agents.relay.cursors == []
     follower.writer.close()
+
+
+async def test_what_the_journal_keeps_no_more_is_a_gap_before_the_rest(app: RestApp) -> None:
+    asking = asyncio.ensure_future(app.app.fetch("GET", f"{app.kernel}/messages?since=3"))
+    cursor = await app.app.agents.relay.cursor()
+    assert cursor.next == 3
+
+    cursor.lose(3, 16, 9120)
+    cursor.take(17, 19, [record("seventeen"), record("eighteen")])
+    response = await asking
+
+    gap, *rest_of_it = events(response.body)
+    reason = "it was more than the agent keeps"
+    lost = {"from": 3, "to": 16, "messages": 14, "bytes": 9120, "reason": reason}
+    assert gap == {"gap": lost}
+    assert [(m["seq"], m["content"]["text"]) for m in rest_of_it] == [
+        (17, "seventeen"),
+        (18, "eighteen"),
+    ]
+
+
+async def test_a_gap_that_is_all_there_is_is_told_too(app: RestApp) -> None:
+    asking = asyncio.ensure_future(
+        app.app.fetch("GET", f"{app.kernel}/messages?since=1", headers=SSE)
+    )
+    cursor = await app.app.agents.relay.cursor()
+
+    cursor.lose(1, 16, 9120)
+    cursor.take(17, 17, [])
+    response = await asking
+
+    assert response.body.startswith(b'id: 16\nevent: gap\ndata: {"gap":{"from":1,"to":16,')
+    assert response.body.count(b"\n\n") == 1
 
 
 async def test_messages_of_a_kernel_that_is_not_there_are_404(app: RestApp) -> None:

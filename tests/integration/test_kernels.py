@@ -33,6 +33,7 @@ from sorna_jupyter.exceptions import (
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.live import MemoryLive
 from sorna_jupyter.protocol import (
+    RECORDS,
     Batch,
     Beat,
     BeatReply,
@@ -329,6 +330,37 @@ async def test_the_journal_is_read_by_number_to_its_end_or_as_it_grows(house: Ho
         came += [m async for items in following for m in items]  # …and ends with the kernel
     first = len(found) + 1
     assert [m.seq for m in came] == list(range(first, first + len(came)))
+
+
+async def test_a_follower_that_leaves_leaves_no_cursor_at_the_relay(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+    await client.output(client.execute("1"))
+    (link,) = house.agents._links.values()
+    sent_to: list[bytes] = []  # whatever cursor the relay sends to, known here or not
+    take = link._take
+
+    def watch(frames: list[bytes]) -> None:
+        if frames[0] == RECORDS:
+            sent_to.append(bytes(frames[1]))
+        take(frames)
+
+    monkeypatch.setattr(link, "_take", watch)
+    following = house.kernels.messages(kernel.id, follow=True)
+    assert await anext(following) == []
+    (reading,) = kernel.readings
+    await anext(following)
+    assert reading.id in sent_to
+
+    await following.aclose()
+
+    sent_to.clear()
+    assert await client.output(client.execute("print('later')")) == "later\n"
+    assert sent_to
+    assert reading.id not in sent_to
+    assert kernel.readings == []
 
 
 async def test_a_kernel_has_the_environment_and_the_directory_of_its_request(house: House) -> None:
