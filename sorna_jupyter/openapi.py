@@ -140,6 +140,7 @@ def _paths() -> dict[str, Any]:
     paths: dict[str, Any] = {
         "/healthz": {
             "get": {
+                "operationId": "check_health",
                 "summary": "Whether the server answers",
                 "security": [],
                 "responses": {"200": {"description": "It does"}},
@@ -147,9 +148,12 @@ def _paths() -> dict[str, Any]:
         },
         "/api/kernels": {
             "get": _operation(
-                "Your kernels", _json({"type": "array", "items": _ref("KernelModel")})
+                "list_kernels",
+                "Your kernels",
+                _json({"type": "array", "items": _ref("KernelModel")}),
             ),
             "post": _operation(
+                "start_kernel",
                 "Start a kernel",
                 _json(_ref("KernelModel"), 201, "A kernel, or one that is still `starting`"),
                 body="NewKernel",
@@ -157,23 +161,28 @@ def _paths() -> dict[str, Any]:
             ),
         },
         kernel: {
-            "get": _operation("A kernel", _json(_ref("KernelModel"))),
-            "delete": _operation("Stop it", {"204": {"description": "It is gone"}}),
+            "get": _operation("get_kernel", "A kernel", _json(_ref("KernelModel"))),
+            "delete": _operation("stop_kernel", "Stop it", {"204": {"description": "It is gone"}}),
         },
         f"{kernel}/interrupt": {
-            "post": _operation("Interrupt what it runs", {"204": {"description": "Done"}})
+            "post": _operation(
+                "interrupt_kernel", "Interrupt what it runs", {"204": {"description": "Done"}}
+            )
         },
         f"{kernel}/restart": {
-            "post": _operation("Same id, new process", _json(_ref("KernelModel")))
+            "post": _operation("restart_kernel", "Same id, new process", _json(_ref("KernelModel")))
         },
         f"{kernel}/execute": {
-            "post": _operation("Run code", _run_made(), body="Execute", parameters=_NEW_RUN)
+            "post": _operation(
+                "execute", "Run code", _run_made(), body="Execute", parameters=_NEW_RUN
+            )
         },
         f"{kernel}/runs": {
-            "get": _operation("Its runs, oldest first", _json(_list_of("RunSummary")))
+            "get": _operation("list_runs", "Its runs, oldest first", _json(_list_of("RunSummary")))
         },
         f"{kernel}/messages": {
             "get": _operation(
+                "read_messages",
                 "What left the kernel, on every channel and for every client",
                 _lines_of("`JournalMessage` or `JournalGap`"),
                 parameters=_MESSAGES,
@@ -181,6 +190,7 @@ def _paths() -> dict[str, Any]:
         },
         "/api/run": {
             "post": _operation(
+                "run_one_shot",
                 "Run code on a kernel made for it, and removed after it",
                 _run_made(),
                 body="OneShot",
@@ -188,17 +198,20 @@ def _paths() -> dict[str, Any]:
             )
         },
     }
-    for path in (f"{kernel}/runs/{{run_id}}", "/api/run/{run_id}"):
-        paths[path] = {"get": _operation("A run", _run(), parameters=_OLD_RUN)}
+    for path, run in ((f"{kernel}/runs/{{run_id}}", "run"), ("/api/run/{run_id}", "one_shot")):
+        paths[path] = {"get": _operation(f"get_{run}", "A run", _run(), parameters=_OLD_RUN)}
         paths[f"{path}/input"] = {
             "post": _operation(
-                "Answer `input()`", {"204": {"description": "The run goes on"}}, body="Input"
+                f"answer_{run}",
+                "Answer `input()`",
+                {"204": {"description": "The run goes on"}},
+                body="Input",
             )
         }
     for question, body, summary in _QUESTIONS:
         paths[f"{kernel}/{question}"] = {
             "post": _operation(
-                summary, _json({"type": "object"}, 200, "The reply's content"), body=body
+                question, summary, _json({"type": "object"}, 200, "The reply's content"), body=body
             )
         }
     for path, item in paths.items():
@@ -211,12 +224,15 @@ def _paths() -> dict[str, Any]:
 
 
 def _operation(
+    operation_id: str,
     summary: str,
     responses: dict[str, Any],
     body: str | None = None,
     parameters: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
+    """`operation_id`: a generated client's name for it, so it stays as it is."""
     operation: dict[str, Any] = {
+        "operationId": operation_id,
         "summary": summary,
         "responses": {**responses, "default": {"$ref": "#/components/responses/Problem"}},
     }

@@ -13,6 +13,7 @@ import pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
 from sorna_jupyter.faces import rest
+from sorna_jupyter.openapi import document
 from sorna_jupyter.protocol import KernelStatus
 from sorna_jupyter.runs import Runs
 from tests.jupyter_app import App, Attached, record, running_app
@@ -665,16 +666,46 @@ async def test_healthz_needs_no_token_and_everything_else_does(app: RestApp) -> 
 async def test_the_openapi_document_is_valid_and_names_every_route(app: RestApp) -> None:
     validator = pytest.importorskip("openapi_spec_validator")
 
-    document = await app.app.json("GET", "/sorna/openapi.json")
+    served = await app.app.json("GET", "/sorna/openapi.json")
 
-    validator.validate(document)
-    assert document["openapi"].startswith("3.1")
+    validator.validate(served)
+    assert served["openapi"].startswith("3.1")
     ours = {p for p, _ in rest.handlers() if not p.startswith("/sorna")}
-    known = set(document["paths"])
+    known = set(served["paths"])
     for pattern in ours:
         path = pattern.replace(rest.KERNEL_ID, "{kernel_id}").replace(rest.RUN_ID, "{run_id}")
         for question in ("complete", "inspect", "is_complete"):
             assert path.replace("(?P<question>complete|inspect|is_complete)", question) in known
+
+
+def test_every_operation_has_a_name_of_its_own_that_generated_clients_may_keep() -> None:
+    names = [
+        operation.get("operationId")
+        for path in document("/")["paths"].values()
+        for method, operation in path.items()
+        if method != "parameters"
+    ]
+
+    assert sorted(names) == [
+        "answer_one_shot",
+        "answer_run",
+        "check_health",
+        "complete",
+        "execute",
+        "get_kernel",
+        "get_one_shot",
+        "get_run",
+        "inspect",
+        "interrupt_kernel",
+        "is_complete",
+        "list_kernels",
+        "list_runs",
+        "read_messages",
+        "restart_kernel",
+        "run_one_shot",
+        "start_kernel",
+        "stop_kernel",
+    ]
 
 
 async def test_answers_leave_at_once(app: RestApp) -> None:
