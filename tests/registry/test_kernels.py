@@ -57,6 +57,7 @@ async def test_a_reserved_kernel_is_preparing_on_an_agent_with_its_limits_settle
         created_at=NOW,
         ended_at=None,
         idempotency_key=None,
+        revision=0,
     )
     assert reserved == (row, True)
     assert await registry.get_kernel("k1") == row
