@@ -168,7 +168,7 @@ class Bench:
 
 
 @pytest.fixture(params=[SornaContentsManager, FileContentsManager])
-async def bench(tmp_path: Path, request: Any) -> AsyncIterator[Bench]:
+async def idle_bench(tmp_path: Path, request: Any) -> AsyncIterator[Bench]:
     contents = request.param(root_dir=str(tmp_path))
     contents.notary.data_dir = str(tmp_path / "signatures")
     (tmp_path / "signatures").mkdir()
@@ -177,12 +177,19 @@ async def bench(tmp_path: Path, request: Any) -> AsyncIterator[Bench]:
     await bench.cells.close()
 
 
+@pytest.fixture
+def bench(idle_bench: Bench) -> Bench:
+    """Its client has executed cell a, and the kernel has begun with it."""
+    idle_bench.execute("a")
+    idle_bench.journal.begin("client-a")
+    return idle_bench
+
+
 # -- what is written -------------------------------------------------------------------------
 
 
 async def test_outputs_are_written_as_they_come_and_at_the_end(bench: Bench) -> None:
-    bench.execute("a", "b")
-    bench.journal.begin("client-a")
+    bench.execute("b")
     bench.journal.print("client-a", "1\n")
     bench.leave()
 
@@ -202,8 +209,6 @@ async def test_outputs_are_written_as_they_come_and_at_the_end(bench: Bench) -> 
 
 
 async def test_a_client_whose_cells_were_all_answered_leaves_nothing_to_do(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     reply = bench.journal.end("client-a")
     bench.cells.answered(KERNEL_ID, "client", "client-a", reply)
     bench.cells.acknowledged(KERNEL_ID, "client", reply)
@@ -214,8 +219,6 @@ async def test_a_client_whose_cells_were_all_answered_leaves_nothing_to_do(bench
 
 
 async def test_an_answer_that_never_arrived_is_none(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.journal.print("client-a", "x")
     reply = bench.journal.end("client-a")
     bench.cells.answered(KERNEL_ID, "client", "client-a", reply)
@@ -227,8 +230,7 @@ async def test_an_answer_that_never_arrived_is_none(bench: Bench) -> None:
 
 
 async def test_cells_that_were_answered_but_not_saved_are_written_too(bench: Bench) -> None:
-    bench.execute("a", "b")
-    bench.journal.begin("client-a")
+    bench.execute("b")
     bench.journal.print("client-a", "1")
     reply = bench.journal.end("client-a")
     bench.cells.answered(KERNEL_ID, "client", "client-a", reply)
@@ -242,8 +244,7 @@ async def test_cells_that_were_answered_but_not_saved_are_written_too(bench: Ben
 
 
 async def test_what_the_client_has_saved_stays_as_it_saved_it(bench: Bench) -> None:
-    bench.execute("a", "b")
-    bench.journal.begin("client-a")
+    bench.execute("b")
     bench.journal.print("client-a", "1")
     reply = bench.journal.end("client-a")
     bench.cells.answered(KERNEL_ID, "client", "client-a", reply)
@@ -258,8 +259,7 @@ async def test_what_the_client_has_saved_stays_as_it_saved_it(bench: Bench) -> N
 
 
 async def test_a_kernel_that_is_restarted_ends_its_cells_with_the_reason(bench: Bench) -> None:
-    bench.execute("a", "b")
-    bench.journal.begin("client-a")
+    bench.execute("b")
     bench.leave()
     await until(lambda: bench.journal.readers)
     bench.change(KernelStatus.RESTARTING)
@@ -271,8 +271,6 @@ async def test_a_kernel_that_is_restarted_ends_its_cells_with_the_reason(bench: 
 
 
 async def test_a_kernel_that_dies_ends_its_cells_with_the_reason(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.journal.print("client-a", "x\n")
     bench.leave()
     await bench.shows(a="x\n")
@@ -284,8 +282,6 @@ async def test_a_kernel_that_dies_ends_its_cells_with_the_reason(bench: Bench) -
 
 
 async def test_a_kernel_that_is_lost_and_comes_back_goes_on(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.leave()
     await until(lambda: bench.journal.readers)
     bench.change(KernelStatus.LOST)
@@ -298,8 +294,6 @@ async def test_a_kernel_that_is_lost_and_comes_back_goes_on(bench: Bench) -> Non
 
 
 async def test_an_end_that_is_lost_is_known_from_the_idle_kernel(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.leave()
     await until(lambda: bench.journal.readers)
     bench.journal.lose("the relay was away")
@@ -311,8 +305,6 @@ async def test_an_end_that_is_lost_is_known_from_the_idle_kernel(bench: Bench) -
 
 
 async def test_a_journal_that_can_not_be_read_says_so(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.journal.failure = AgentUnreachable("the agent is away")
     bench.leave()
 
@@ -321,8 +313,6 @@ async def test_a_journal_that_can_not_be_read_says_so(bench: Bench) -> None:
 
 
 async def test_what_is_no_message_disturbs_no_other(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.journal.say("client-a", "stream", name=1)
     bench.journal.print("client-a", "x")
     bench.leave()
@@ -331,8 +321,6 @@ async def test_what_is_no_message_disturbs_no_other(bench: Bench) -> None:
 
 
 async def test_when_the_server_stops_what_is_there_is_written(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.leave()
     await until(lambda: bench.journal.readers)
     bench.journal.print("client-a", "x")
@@ -347,8 +335,6 @@ async def test_when_the_server_stops_what_is_there_is_written(bench: Bench) -> N
 
 
 async def test_a_client_that_comes_back_in_time_finds_its_file_as_it_was(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.journal.print("client-a", "x")
     bench.leave()
     bench.cells.connected(bench.kernel, "client")
@@ -361,8 +347,6 @@ async def test_a_client_that_comes_back_in_time_finds_its_file_as_it_was(bench: 
 
 
 async def test_a_client_that_comes_back_late_ends_the_writing(bench: Bench) -> None:
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.journal.print("client-a", "1")
     bench.leave()
     await bench.shows(a="1")
@@ -377,8 +361,7 @@ async def test_a_client_that_comes_back_late_ends_the_writing(bench: Bench) -> N
 
 
 async def test_code_that_was_edited_meanwhile_stays(bench: Bench) -> None:
-    bench.execute("a", "b")
-    bench.journal.begin("client-a")
+    bench.execute("b")
     bench.journal.print("client-a", "1")
     bench.leave()
     await bench.shows(a="1")
@@ -393,8 +376,7 @@ async def test_code_that_was_edited_meanwhile_stays(bench: Bench) -> None:
 
 
 async def test_a_cell_that_someone_else_executes_again_is_theirs(bench: Bench) -> None:
-    bench.execute("a", "b")
-    bench.journal.begin("client-a")
+    bench.execute("b")
     bench.leave()
     await until(lambda: bench.journal.readers)
     bench.execute("a", session="other")
@@ -416,24 +398,22 @@ async def test_a_cell_that_someone_else_executes_again_is_theirs(bench: Bench) -
     ],
 )
 async def test_only_the_owners_notebooks_of_this_kernel_are_written(
-    bench: Bench, session: SessionRow
+    idle_bench: Bench, session: SessionRow
 ) -> None:
-    bench.registry.sessions = [session]
+    idle_bench.registry.sessions = [session]
 
-    assert await bench.notebooks.paths(KERNEL_ID, "ada") == []
+    assert await idle_bench.notebooks.paths(KERNEL_ID, "ada") == []
 
 
-async def test_nobody_writes_by_way_of_a_cell_what_they_may_not_write(bench: Bench) -> None:
-    bench.registry.is_admin = False
+async def test_nobody_writes_by_way_of_a_cell_what_they_may_not_write(idle_bench: Bench) -> None:
+    idle_bench.registry.is_admin = False
 
-    assert await bench.notebooks.paths(KERNEL_ID, "ada") == []
+    assert await idle_bench.notebooks.paths(KERNEL_ID, "ada") == []
 
 
 async def test_a_session_whose_file_is_not_here_is_no_hindrance(bench: Bench) -> None:
     elsewhere = SessionRow("e", "elsewhere.ipynb", "", "notebook", KERNEL_ID, "ada")
     bench.registry.sessions.insert(0, elsewhere)
-    bench.execute("a")
-    bench.journal.begin("client-a")
     bench.journal.print("client-a", "x")
     bench.leave()
 
@@ -443,27 +423,27 @@ async def test_a_session_whose_file_is_not_here_is_no_hindrance(bench: Bench) ->
 # -- the file --------------------------------------------------------------------------------
 
 
-async def test_who_saves_between_reading_and_writing_wins(bench: Bench) -> None:
+async def test_who_saves_between_reading_and_writing_wins(idle_bench: Bench) -> None:
     seen = []
 
     def change(notebook: Any, saved_at: float) -> bool:
         seen.append(notebook["cells"][0]["source"])
         if len(seen) == 1:
-            bench.write({"a": ("newer()", [])})
-            os.utime(bench.file, (saved_at + 1, saved_at + 1))
+            idle_bench.write({"a": ("newer()", [])})
+            os.utime(idle_bench.file, (saved_at + 1, saved_at + 1))
         notebook["cells"][0]["outputs"] = [nbformat.v4.new_output("stream", text="x")]
         return True
 
-    await bench.notebooks.edit(PATH, change)
+    await idle_bench.notebooks.edit(PATH, change)
 
     assert seen == ["slow()", "newer()"]
-    assert bench.read() == {"a": "x"}
+    assert idle_bench.read() == {"a": "x"}
 
 
 @pytest.mark.parametrize("path", ["missing.ipynb", "../outside.ipynb", "folder"])
-async def test_a_file_that_can_not_be_written_is_told(bench: Bench, path: str) -> None:
+async def test_a_file_that_can_not_be_written_is_told(idle_bench: Bench, path: str) -> None:
     with pytest.raises(NotebookNotWritten) as error:
-        await bench.notebooks.edit(path, lambda notebook, saved_at: True)
+        await idle_bench.notebooks.edit(path, lambda notebook, saved_at: True)
 
     assert str(error.value).startswith(f"{path}: ")
 
