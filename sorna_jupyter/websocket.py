@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from socket import IPPROTO_TCP, TCP_QUICKACK
+from socket import IPPROTO_TCP, TCP_INFO, TCP_QUICKACK
 from typing import Any, ClassVar, cast
 from weakref import WeakSet
 
@@ -71,6 +71,10 @@ ADVICE = (
 TEXT, BINARY, PING = 0x81, 0x82, 0x89
 """a websocket frame's first byte: final, and what it carries"""
 
+_TCP_INFO = struct.Struct("=24xI92xQ16xI")
+"""of Linux's `struct tcp_info`: segments sent and not acknowledged, bytes acknowledged, bytes not
+sent yet"""
+
 
 class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     """What a front-end's websocket does, from its opening to its close."""
@@ -103,6 +107,9 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     _late_ping: asyncio.TimerHandle | None = None
     _asked = 0
     """…and of the last one that a ping was sent behind"""
+    _waits_for_client = False
+    _taken_by_client = 0
+    """bytes; both when `is_draining` was asked last"""
 
     multi_kernel_manager: SornaMappingKernelManager
 
@@ -195,6 +202,20 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             # The client comes back, and then it is told how the kernel is.
             self.log.warning("kernel %s: %s", self.kernel_id, error.message)
             self._close(TRY_AGAIN_LATER, error.message)
+
+    def is_draining(self) -> bool:
+        """Whether of what waited for the client when this was asked last it has taken some since.
+
+        It is alive then, although its pong, which comes behind all of that, may take minutes.
+        """
+        if self._stream.closed():
+            return False
+        waited, taken_before = self._waits_for_client, self._taken_by_client
+        # Counted by the system, and so also within one large frame and whatever wrote it.
+        info = self._stream.socket.getsockopt(IPPROTO_TCP, TCP_INFO, _TCP_INFO.size)
+        unacknowledged, self._taken_by_client, unsent = _TCP_INFO.unpack(info)
+        self._waits_for_client = unacknowledged + unsent > 0
+        return waited and self._taken_by_client > taken_before
 
     # -- `Listener`
 

@@ -19,6 +19,7 @@ from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from jupyter_server.services.sessions.sessionmanager import KernelName
 from jupyter_server.utils import url_path_join
 from tornado import web
+from tornado.ioloop import IOLoop
 from tornado.websocket import WebSocketProtocol, WebSocketProtocol13
 
 from sorna_jupyter.bodies import NewKernel, kernel_env
@@ -181,8 +182,14 @@ class KernelChannelsHandler(KernelWebsocketHandler):
             protocol = _LenientProtocol(self, mask_outgoing=False, params=protocol.params)
         return protocol
 
+    def send_ping(self) -> None:
+        """Every 30 s, of the mixin, which also closes a socket whose last pong is 90 s old. On a
+        slow link a pong may wait longer than that for what was sent before its ping."""
+        if self.connection is not None and self.connection.is_draining():
+            self.last_pong = IOLoop.current().time()
+        super().send_ping()
+
     def on_pong(self, data: bytes) -> None:
-        # The mixin closes sockets that have not answered for 90 s.
         super().on_pong(data)  # type: ignore[no-untyped-call]
         if self.connection is not None:
             self.connection.on_pong(data)

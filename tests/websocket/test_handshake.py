@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import socket
 
 import pytest
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from tornado.httpclient import HTTPClientError
+from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 
 from sorna_jupyter.wire import V1_PROTOCOL
@@ -116,3 +118,70 @@ async def test_a_client_that_answers_pings_stays_connected(tmp_path):
         await until(lambda: len(pings) > 30 or socket.close_code)
 
         assert socket.close_code is None
+
+
+class Unanswering:
+    """A plain socket that answers no ping, reads what it is told to, and has little room."""
+
+    def __init__(self, app):
+        self.app = app
+        self.loop = asyncio.get_running_loop()
+        self.socket = socket.socket()
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+
+    async def connect(self, kernel_id):
+        await self.loop.sock_connect(self.socket, ("127.0.0.1", self.app.port))
+        request = (
+            f"GET /api/kernels/{kernel_id}/channels?token={TOKEN} HTTP/1.1\r\nHost: localhost\r\n"
+            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+            f"Sec-WebSocket-Protocol: {V1_PROTOCOL}\r\n\r\n"
+        )
+        await self.loop.sock_sendall(self.socket, request.encode())
+        assert (await self.loop.sock_recv(self.socket, 4096)).startswith(b"HTTP/1.1 101 ")
+        self.attached = await self.app.attached()
+        self.connection = self.attached.reader.listener
+        self.handler = self.connection.websocket_handler
+
+    async def take(self, size):
+        while size > 0:
+            size -= len(await self.loop.sock_recv(self.socket, 65536))
+
+    def is_pinged_after_100_s_without_a_pong(self):
+        """Whether that leaves it connected."""
+        now = IOLoop.current().time()
+        self.handler.last_ping, self.handler.last_pong = now - 30, now - 100
+        self.handler.send_ping()
+        return self.handler.ws_connection is not None
+
+
+@pytest.fixture
+async def unanswering(app, kernel_id):
+    client = Unanswering(app)
+    await client.connect(kernel_id)
+    yield client
+    client.socket.close()
+
+
+async def test_a_client_on_a_slow_link_is_alive_while_it_takes_what_was_sent(unanswering):
+    """Its pongs come behind that, perhaps later than jupyter_server waits for them."""
+    line = {"name": "stdout", "text": "x" * 12_000_000}
+    unanswering.attached.emit("iopub", "stream", line)
+    unanswering.handler.send_ping()
+
+    for _ in range(3):
+        await unanswering.take(1_000_000)
+        assert unanswering.is_pinged_after_100_s_without_a_pong()
+
+    await until(lambda: not unanswering.connection.is_draining())
+    assert not unanswering.is_pinged_after_100_s_without_a_pong()
+
+
+async def test_a_client_that_only_its_system_answers_for_is_not_alive(unanswering):
+    """Pings are acknowledged by its TCP, although it never reads them."""
+    for _ in range(3):
+        unanswering.handler.send_ping()
+        await asyncio.sleep(0.1)  # long enough for its system to acknowledge that
+
+    assert not unanswering.is_pinged_after_100_s_without_a_pong()
