@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from sorna_jupyter.console import ServerConsole
 from sorna_jupyter.embedded import AgentSettings, EmbeddedAgent
 from sorna_jupyter.exceptions import AlreadyRunning, SornaError, Unavailable
 from sorna_jupyter.faces import jupyter, operations, rest
+from sorna_jupyter.http import log_request
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.live import LiveState, MemoryLive, RedisLive
 from sorna_jupyter.notebooks import Notebooks, SornaContentsManager
@@ -316,6 +318,10 @@ class SornaApp(ExtensionApp):
         )
         if not self.headless:
             self._attend_notebooks()
+        assert self.serverapp is not None
+        if "log_function" not in self.serverapp.tornado_settings:
+            record = self.serverapp.record_http_request_metrics
+            self.settings["log_function"] = partial(log_request, record_prometheus_metrics=record)
         self.settings.update(
             sorna_kernels=self.kernels,
             sorna_runs=self.runs,

@@ -2,16 +2,23 @@
 
 One table says which error becomes which status. A body is read into a msgspec type, never into a
 dict of anything. The faces subclass `SornaAPIHandler` and let the errors of `exceptions` pass.
+
+What someone asks for and can't have (4xx) is told to them and is no warning in the log, which
+anyone could fill with it.
 """
 
 from __future__ import annotations
 
+import logging
 from http.client import responses
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-from jupyter_server.base.handlers import APIHandler
+from jupyter_server import log as jupyter_log
+from jupyter_server.base.handlers import APIHandler, JupyterHandler
+from jupyter_server.prometheus.log_functions import prometheus_log_method
 from tornado import web
+from tornado.log import access_log
 
 from sorna_jupyter import exceptions as errors
 
@@ -58,8 +65,37 @@ def decode_body(data: bytes, kind: type[T]) -> T:
         raise errors.InvalidRequest(f"Invalid JSON in body of request: {error}") from error
 
 
+def log_request(handler: web.RequestHandler, record_prometheus_metrics: bool = True) -> None:
+    """jupyter_server's own, but for refusals; called by tornado for every request that is over."""
+    status, request = handler.get_status(), handler.request
+    if not 400 <= status < 500:
+        jupyter_log.log_request(handler, record_prometheus_metrics)  # type: ignore[no-untyped-call]
+        return
+    # The path alone: behind it there may be a token.
+    what = (status, request.method, request.path, request.remote_ip)
+    access_log.info("%d %s %s (%s) %.2fms", *what, 1000 * request.request_time())
+    if record_prometheus_metrics:
+        prometheus_log_method(handler)  # type: ignore[no-untyped-call]
+
+
+class QuietHandler(JupyterHandler):
+    """Base of our handlers, in whose log refusals are no warnings."""
+
+    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
+        if isinstance(value, errors.SornaError):
+            status, message = status_of(value), value.message
+        elif isinstance(value, web.HTTPError):
+            status, message = value.status_code, value.get_message() or ""
+        else:
+            super().log_exception(typ, value, tb)
+            return
+        level = logging.DEBUG if status < 500 else logging.WARNING
+        what = (status, self.request.method, self.request.path)
+        self.log.log(level, "%d %s %s: %s", *what, message)
+
+
 @web.stream_request_body
-class SornaAPIHandler(APIHandler):
+class SornaAPIHandler(QuietHandler, APIHandler):
     """Base of our JSON routes. Errors of `exceptions.py` may simply be raised.
 
     Bodies are taken chunk by chunk, so that one that is too big is never held in memory: its
@@ -176,12 +212,6 @@ class SornaAPIHandler(APIHandler):
             message = error.get_message() or reason
             reason = error.reason or reason
         self.finish(msgspec.json.encode({"message": message, "reason": reason}))
-
-    def log_exception(self, typ: Any, value: BaseException | None, tb: Any) -> None:
-        if isinstance(value, errors.SornaError):
-            self.log.debug("%s: %s", self._request_summary(), value.message)
-        else:
-            super().log_exception(typ, value, tb)
 
 
 def _error_of(kwargs: dict[str, Any]) -> BaseException | None:

@@ -13,6 +13,7 @@ import pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
 from sorna_jupyter.faces import rest
+from sorna_jupyter.http import log_request
 from sorna_jupyter.openapi import document
 from sorna_jupyter.protocol import KernelStatus
 from sorna_jupyter.runs import Runs
@@ -639,6 +640,38 @@ async def test_code_up_to_the_limit_is_taken(app: RestApp) -> None:
     response = await app.execute("say x\n" + "#" * 9_000_000)
 
     assert json.loads(response.body)["status"] == "ok"
+
+
+async def test_a_refusal_is_no_warning_in_the_log_and_a_failure_is(
+    app: RestApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.app.server.web_app.settings["log_function"] = log_request
+    caplog.set_level("INFO")
+    secret = "?token=a-guess"
+
+    for method, path, options in (
+        ("GET", f"{app.kernel}/runs/{UNKNOWN}", {}),
+        ("GET", f"/api/kernels{secret}", {"token": None}),
+        ("PUT", f"{app.kernel}/execute", {}),
+        ("POST", f"{app.kernel}/execute", {"body": b"{"}),
+        ("GET", f"{app.kernel}/messages", {"headers": {"Accept": "application/json"}}),
+        ("GET", f"/api/kernels/{UNKNOWN}/channels", {}),
+        ("GET", f"{app.kernel}/channels", {"token": None}),
+        ("GET", "/no/such/page", {}),
+    ):
+        response = await app.app.fetch(method, path, **options)
+        assert 400 <= response.code < 500
+        line = f"{response.code} {method} {path.removesuffix(secret)} (127.0.0.1)"
+        await until(lambda line=line: line in caplog.text)
+    assert [r for r in caplog.records if r.levelname not in ("INFO", "DEBUG")] == []
+    assert "a-guess" not in caplog.text
+
+    await app.start("wait")
+    assert (await app.app.fetch("POST", f"{app.kernel}/complete", {"code": "x"})).code == 503
+
+    loud = [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    assert any("did not answer" in r.getMessage() for r in loud)
+    assert any(r.getMessage().startswith(f"503 POST {app.kernel}/complete (") for r in loud)
 
 
 # -- the server ------------------------------------------------------------------------------

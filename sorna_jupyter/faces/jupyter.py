@@ -24,7 +24,7 @@ from tornado.websocket import WebSocketProtocol, WebSocketProtocol13
 
 from sorna_jupyter.bodies import NewKernel, kernel_env
 from sorna_jupyter.exceptions import InvalidRequest, UnknownKernelspec
-from sorna_jupyter.http import KERNEL_ID, SornaAPIHandler
+from sorna_jupyter.http import KERNEL_ID, QuietHandler, SornaAPIHandler
 from sorna_jupyter.jupyter_manager import (
     LOGO,
     SornaSessionManager,
@@ -160,11 +160,16 @@ class _LenientProtocol(WebSocketProtocol13):
         return super()._handle_message(opcode, data)
 
 
-class KernelChannelsHandler(KernelWebsocketHandler):
+class KernelChannelsHandler(QuietHandler, KernelWebsocketHandler):
     """The stock one with clearer refusals; the work is `websocket.SornaWebsocketConnection`'s."""
 
     MAX_SESSION_ID = 200
     """bytes; ZeroMQ takes no routing id above 255"""
+
+    async def prepare(self) -> None:  # type: ignore[override]  # as jupyter_server's own
+        await super().prepare()
+        if not self.current_user:
+            raise web.HTTPError(403)  # before `get` warns of it
 
     async def pre_get(self) -> None:
         session_id = self.get_argument("session_id", "")

@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import nbformat
 import pexpect
 import pytest
+import websocket
 
 from sorna_jupyter import Client
 from sorna_jupyter.exceptions import InvalidRequest, NotAllowed, NotFound, Unavailable
@@ -215,6 +217,24 @@ def test_ten_thousand_lines_arrive_each_once_and_in_order(kernel: Kernel) -> Non
 def test_a_wrong_token_says_what_to_type(local_gateway: Gateway) -> None:
     with pytest.raises(NotAllowed, match="jupyter sorna login"):
         Client(local_gateway.url, "wrong").kernels()
+
+
+def test_what_a_client_can_not_have_is_told_to_it_and_not_to_the_log(
+    local_gateway: Gateway, client: Client
+) -> None:
+    unknown = str(uuid.uuid4())
+    before = len(local_gateway.output)
+
+    with pytest.raises(NotFound):
+        client.attach(unknown)
+    with pytest.raises(NotAllowed):
+        Client(local_gateway.url, "wrong").attach(unknown)
+    with pytest.raises(websocket.WebSocketBadStatusException):
+        websocket.create_connection(local_gateway.websocket_url(f"/api/kernels/{unknown}/channels"))
+
+    client.kernels()  # what there is to log is logged by now
+    assert unknown not in local_gateway.output
+    assert "authenticate" not in local_gateway.output[before:]
 
 
 def test_a_server_that_is_not_there_is_told(local_gateway: Gateway) -> None:
