@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from socket import IPPROTO_TCP, TCP_INFO, TCP_QUICKACK
+from socket import AF_UNIX, IPPROTO_TCP, TCP_INFO, TCP_QUICKACK
 from typing import Any, ClassVar, cast
 from weakref import WeakSet
 
@@ -97,6 +97,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     _unattended: UnattendedCells | None = None
     _framing: Framing
     _stream: IOStream
+    _is_tcp: bool
+    """or a Unix socket, of a server that a proxy on this machine stands before"""
     _is_proxy = False
     _unsent = 0
     _is_paused = False
@@ -122,6 +124,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         handler.set_nodelay(True)
         assert handler.ws_connection is not None
         self._stream = cast(IOStream, handler.ws_connection.stream)
+        self._is_tcp = self._stream.socket.family != AF_UNIX
         self._framing = framing_of(handler.selected_subprotocol)
         self._unanswered: dict[str, bytes] = {}
         self._pings: deque[int] = deque()
@@ -208,7 +211,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
 
         It is alive then, although its pong, which comes behind all of that, may take minutes.
         """
-        if self._stream.closed():
+        if not self._is_tcp or self._stream.closed():
             return False
         waited, taken_before = self._waits_for_client, self._taken_by_client
         # Counted by the system, and so also within one large frame and whatever wrote it.
@@ -259,7 +262,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         """The client has everything up to the number that the ping carried."""
         # A client without TCP_NODELAY sends its next request only when this one is acknowledged,
         # which the system would put off for 40 ms.
-        self._stream.socket.setsockopt(IPPROTO_TCP, TCP_QUICKACK, 1)
+        if self._is_tcp:
+            self._stream.socket.setsockopt(IPPROTO_TCP, TCP_QUICKACK, 1)
         seq = read_number(data)
         if seq not in self._pings:
             return  # unasked for

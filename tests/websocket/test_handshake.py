@@ -7,7 +7,9 @@ import socket
 import pytest
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from tornado.httpclient import HTTPClientError
+from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
+from tornado.netutil import Resolver, bind_unix_socket
 from tornado.websocket import websocket_connect
 
 from sorna_jupyter.wire import V1_PROTOCOL
@@ -118,6 +120,33 @@ async def test_a_client_that_answers_pings_stays_connected(tmp_path):
         await until(lambda: len(pings) > 30 or socket.close_code)
 
         assert socket.close_code is None
+
+
+class ToFile(Resolver):
+    """Whatever is asked for is behind this Unix socket."""
+
+    def initialize(self, path):
+        self.path = path
+
+    async def resolve(self, host, port, family=socket.AF_UNSPEC):
+        return [(socket.AF_UNIX, self.path)]
+
+
+async def test_a_server_behind_a_unix_socket_serves_as_on_tcp(app, kernel_id, tmp_path):
+    path = str(tmp_path / "server.sock")
+    server = HTTPServer(app.server.web_app)
+    server.add_socket(bind_unix_socket(path))
+    url = f"ws://localhost/api/kernels/{kernel_id}/channels?token={TOKEN}"
+    client = await websocket_connect(url, resolver=ToFile(path))
+    attached = await app.attached()
+
+    attached.reader.listener.websocket_handler.send_ping()
+    attached.emit("iopub", "stream", {"name": "stdout", "text": "x"})
+
+    assert '"text": "x"' in str(await client.read_message())
+    await until(lambda: attached.acknowledged == 1 or client.close_code)
+    assert client.close_code is None
+    server.stop()
 
 
 class Unanswering:
