@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from socket import AF_UNIX, IPPROTO_TCP, TCP_USER_TIMEOUT
 from typing import Any
 
 import msgspec
@@ -47,6 +48,9 @@ class StreamHandler(SornaAPIHandler):
 
     auth_resource = AUTH_RESOURCE
 
+    stalled_for = 300.0
+    """seconds after which a client that takes nothing of what waits for it is given up"""
+
     def initialize(self, **kwargs: Any) -> None:
         super().initialize(**kwargs)
         self._closed = asyncio.Event()
@@ -69,6 +73,11 @@ class StreamHandler(SornaAPIHandler):
         self.set_header("Content-Type", kind)
         self.set_header("Cache-Control", "no-store, no-transform")
         self.set_header("X-Accel-Buffering", "no")  # nginx would hold it back
+        stream = self.request.connection.stream  # type: ignore[union-attr]
+        if not stream.closed() and stream.socket.family != AF_UNIX:
+            # RFC 5482; Linux counts closed windows, too: a client that is there and does not read.
+            milliseconds = round(self.stalled_for * 1000)
+            stream.socket.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, milliseconds)
 
     def number(self, name: str) -> int | None:
         """`?name=` a number, or what comes after the last event that an `EventSource` has seen."""

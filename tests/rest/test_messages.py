@@ -77,6 +77,23 @@ async def test_a_follower_that_leaves_has_no_cursor_any_more(app: RestApp) -> No
     assert kernel.readings == []
 
 
+async def test_a_follower_that_takes_nothing_is_given_up(
+    app: RestApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rest.MessagesHandler, "stalled_for", 0.5)
+    follower = await Follower.get(app, "application/x-ndjson")
+    await follower.head()
+    relay = app.app.agents.relay
+    cursor = await relay.cursor()
+
+    follower.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    cursor.take(1, 33, [record("x" * (1 << 20))] * 32)
+
+    await until(lambda: not relay.cursors)
+    assert app.app.kernels.get(app.kernel_id).readings == []
+    follower.writer.close()
+
+
 async def test_a_followers_answer_ends_with_its_kernel(app: RestApp) -> None:
     follower = await Follower.get(app, "application/x-ndjson")
     await follower.head()
