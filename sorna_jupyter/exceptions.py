@@ -93,6 +93,10 @@ class AgentUnreachable(Unavailable):
     """The agent did not answer in time."""
 
 
+class AgentDiskFull(Unavailable):
+    """The agent's disk is full: kernels that run go on, new ones can't be started."""
+
+
 class RuntimeUnavailable(Unavailable):
     """The container engine does not answer."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.disks import small_disk
 from tests.gateways import Gateway
 
 HERE = Path(__file__).parent
@@ -52,6 +53,13 @@ def _needed(what: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"{what}: scripts/test should have started it")
     pytest.skip(f"{what}; scripts/test starts one")
+
+
+@pytest.fixture
+def little_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 @pytest.fixture(scope="session")

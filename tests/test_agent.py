@@ -24,6 +24,7 @@ from sorna_agent.kernel_store import KernelStore
 from sorna_agent.relay_link import RelayLink
 from sorna_agent.resources import find_slots, usable_cpus, usable_memory
 from sorna_jupyter.exceptions import (
+    AgentDiskFull,
     ImageUnavailable,
     InvalidRequest,
     KernelExists,
@@ -48,6 +49,7 @@ from sorna_jupyter.protocol import (
     StopAgent,
 )
 from tests.agent_parts import PATIENCE, IpykernelRuntime, Line, Manager, agent_options, until
+from tests.disks import fill
 
 
 def create(kernel_id: str = "k1", **fields: object) -> CreateKernel:
@@ -406,6 +408,23 @@ async def test_a_killed_agents_kernels_and_their_clients_go_on_and_the_next_adop
     assert await client.result("print('x' in globals())") == "False\n"
 
 
+async def test_an_agent_that_was_killed_comes_back_on_a_full_disk(host: Host, little_disk: Path):
+    data_dir = ("--data-dir", str(little_disk / "data"))
+    first = host.start_agent(*data_dir)
+    line = await host.line()
+    await line.ask(create())
+    fill(little_disk / "filler")
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    host.manager.beats.clear()
+
+    second = host.start_agent(*data_dir)
+
+    await host.manager.beat_with(lambda b: statuses(b) == {"k1": KernelStatus.RUNNING})
+    assert (little_disk / "data" / "lock").read_text() == str(second.pid)
+    assert await line.ask(DestroyKernel(kernel_id="k1")) == Done()
+
+
 async def test_when_the_relay_dies_the_beat_tells_and_the_kernel_goes_on(host: Host):
     host.start_agent()
     line = await host.line()
@@ -525,6 +544,45 @@ async def test_a_kernel_that_was_starting_when_its_agent_died_is_dead_to_the_nex
     creating.cancel()
     with pytest.raises(asyncio.CancelledError):
         await creating
+
+
+async def test_on_a_full_disk_kernels_are_destroyed_and_only_new_ones_refused(
+    runtime: IpykernelRuntime, little_disk: Path, caplog: pytest.LogCaptureFixture
+):
+    store = KernelStore(little_disk / "kernels.json")
+    agent = Agent(runtime, SilentLink(), store, little_disk / "k")
+    for kernel_id in ("k1", "k2"):
+        agent._add(create(kernel_id))
+    before = store.load()
+
+    fill(little_disk / "filler")
+    with pytest.raises(AgentDiskFull, match="The agent's disk is full"):
+        await agent.handle(create("k3"))
+    assert await agent.handle(DestroyKernel(kernel_id="k1")) == Done()
+
+    assert [report.kernel_id for report in agent.reports()] == ["k2"]
+    assert store.load() == before
+    assert [file.name for file in little_disk.glob("kernels.*")] == ["kernels.json"]
+    agent.save_the_rest()
+    (little_disk / "filler").unlink()
+    agent.save_the_rest()
+    assert [record.request.kernel_id for record in store.load()] == ["k2"]
+    assert [r.getMessage() for r in caplog.records if r.levelname == "ERROR"] == [
+        "the record of the kernels can't be saved for now: [Errno 28] No space left on device"
+    ]
+
+
+async def test_a_kernel_whose_own_files_do_not_fit_is_refused_and_leaves_nothing(
+    runtime: IpykernelRuntime, little_disk: Path, tmp_path: Path
+):
+    agent = Agent(runtime, SilentLink(), KernelStore(tmp_path / "kernels.json"), little_disk / "k")
+    fill(little_disk / "filler")
+
+    with pytest.raises(AgentDiskFull, match="The agent's disk is full"):
+        await agent.handle(create())
+
+    assert agent.reports() == []
+    assert list((little_disk / "k").iterdir()) == []
 
 
 async def test_a_kernel_that_cannot_be_destroyed_stays_reported_and_can_be_tried_again(

@@ -7,6 +7,7 @@ What it holds is in its own store, so that a restarted agent goes on where the l
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 import re
@@ -22,6 +23,7 @@ from sorna_agent.relay_link import RelayLink
 from sorna_agent.relay_messages import KernelActivity
 from sorna_agent.runtimes import Launch, Runtime, Started, remove_directory
 from sorna_jupyter.exceptions import (
+    AgentDiskFull,
     ImageUnavailable,
     InvalidRequest,
     KernelExists,
@@ -53,6 +55,7 @@ log = logging.getLogger(__name__)
 
 LOG_TAIL = 15
 """lines of its own output that a kernel's failed start is explained with"""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 KERNEL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 KernelInfo = dict[str, Any]
@@ -106,6 +109,8 @@ class Agent:
         self._store = store
         self._directory = directory
         self._kernels: dict[str, _Kernel] = {}
+        self._unsaved: OSError | None = None
+        """why the store does not hold what we do"""
         self._builds: set[asyncio.Task[None]] = set()
         self.on_change: Callable[[bool], None] = lambda urgent: None
         """something that beats tell has changed; urgent: a kernel's status"""
@@ -221,7 +226,12 @@ class Agent:
             last_activity=time.time(),
         )
         self._kernels[kernel.id] = kernel
-        self._set_status(kernel, KernelStatus.PREPARING)
+        self._save()
+        if self._unsaved is not None:
+            # After a restart, nobody would know whose it is.
+            del self._kernels[kernel.id]
+            raise _refusal(self._unsaved) from self._unsaved
+        self.on_change(True)
         return kernel
 
     async def _create(self, kernel: _Kernel) -> KernelInfo:
@@ -302,6 +312,10 @@ class Agent:
         except SornaError as error:
             kernel.reason = error.message
             raise
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise AgentDiskFull() from error
         finally:
             kernel.work = None
 
@@ -394,8 +408,24 @@ class Agent:
             self._save()
             self.on_change(True)
 
+    def save_the_rest(self) -> None:
+        """What the disk did not take when it changed. To be called now and then."""
+        if self._unsaved is not None:
+            self._save()
+
     def _save(self) -> None:
-        self._store.save(list(self._kernels.values()))
+        """What a disk that is full does not take is told once, and saved with the next change or
+        by `save_the_rest`: kernels have to be stopped all the same."""
+        try:
+            self._store.save(list(self._kernels.values()))
+        except OSError as error:
+            if self._unsaved is None:
+                log.error("the record of the kernels can't be saved for now: %s", error)
+            self._unsaved = error
+        else:
+            if self._unsaved is not None:
+                log.info("the record of the kernels is saved again")
+            self._unsaved = None
 
     def _report(self, kernel: _Kernel) -> KernelReport:
         reason = kernel.reason
@@ -448,3 +478,10 @@ class Agent:
         self._link.reopen_kernel(
             kernel.id, kernel.started.address, kernel.key, kernel.execution_state
         )
+
+
+def _refusal(error: OSError) -> AgentDiskFull:
+    """Of a new kernel, in words for whoever wanted it."""
+    if error.errno in DISK_FULL:
+        return AgentDiskFull()
+    return AgentDiskFull(f"The agent's disk takes no new kernel: {error.strerror}")

@@ -199,6 +199,7 @@ class AgentApp:
         )
 
     def _make_beat(self) -> Beat:
+        self._agent.save_the_rest()
         return Beat(
             agent_id=self._identity.agent_id,
             join_token=self._join_token,

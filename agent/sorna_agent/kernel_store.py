@@ -45,16 +45,21 @@ class KernelStore:
         return msgspec.json.decode(data, type=list[KernelRecord])
 
     def save(self, records: list[KernelRecord]) -> None:
+        """Raises OSError; what was saved before stands then."""
         write_private(self._path, msgspec.json.encode(records))
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Whole or not at all, and for this user only."""
+    """Whole or not at all, and for this user only. Raises OSError."""
     draft = path.with_name(path.name + ".new")
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink()  # on a full disk, what was written of it would stand in others' way
+        raise

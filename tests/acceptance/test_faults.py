@@ -9,19 +9,16 @@ The seed is printed; `SORNA_FAULT_SEED=…` repeats it. A seed that failed joins
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import secrets
 import shutil
 import signal
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +45,7 @@ from tests.acceptance.fault_parts import (
     units,
 )
 from tests.chaos import Cut
+from tests.disks import fill, small_disk
 from tests.gateways import Gateway, Home, text_of
 from tests.kernel_socket import Message
 from tests.waiting import PATIENCE, wait_until
@@ -433,27 +431,24 @@ def test_a_restart_of_the_docker_engine_costs_nothing(
 
 
 @pytest.fixture
-def small_disk() -> Iterator[Home]:
-    """A home in which everything of the agent lies on a disk of 24 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a small disk")
+def small_home() -> Iterator[Home]:
+    """In which everything of the agent lies on a disk of 24 MiB."""
     home = Home()
-    disk = home.data_dir / "agent"
-    disk.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], check=True)
-    yield home
-    subprocess.run(["umount", "-l", disk], check=True)
-    home.remove()
+    try:
+        with small_disk(home.data_dir / "agent", "24m"):
+            yield home
+    finally:
+        home.remove()
 
 
 @pytest.mark.parametrize("number", range(2))
 def test_a_full_disk_loses_nothing_that_is_read_in_time(
-    small_disk: Home, new_scene: NewScene, number: int
+    small_home: Home, new_scene: NewScene, number: int
 ) -> None:
     rng = random.Random(f"{SEED}-disk-{number}")
     print(f"SORNA_FAULT_SEED={SEED}")
-    scene = new_scene("--runtime=local", home=small_disk)
-    filler = small_disk.data_dir / "agent/filler"
+    scene = new_scene("--runtime=local", home=small_home)
+    filler = small_home.data_dir / "agent/filler"
     small, big = Cell(300, 0.002), Cell(1500, width=10_000)
 
     parent = scene.far.execute(small.code)
@@ -477,15 +472,25 @@ def test_a_full_disk_loses_nothing_that_is_read_in_time(
     assert difference(printed(messages_of(journal), after), small) == ""
 
 
-def fill(file: Path) -> None:
-    """Until nothing more fits on its disk."""
-    with file.open("wb", buffering=0) as filler:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while True:
-                    filler.write(b"." * size)
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+def test_on_a_full_disk_kernels_are_stopped_and_new_ones_are_refused_until_there_is_room(
+    small_home: Home, new_scene: NewScene
+) -> None:
+    scene = new_scene("--runtime=local", home=small_home)
+    record, filler = (small_home.data_dir / "agent" / name for name in ("kernels.json", "filler"))
+    other = scene.gateway.start_kernel(name="python3")
+
+    fill(filler)
+    refused = scene.gateway.post("/api/kernels", {"name": "python3"})
+    stopped = scene.gateway.delete(f"/api/kernels/{other}")
+
+    assert refused.status_code == 503
+    assert refused.json()["message"].startswith("The agent's disk is full: ")
+    assert refused.headers["Retry-After"]
+    assert stopped.status_code == 204, stopped.text
+    assert [k["id"] for k in scene.gateway.get("/api/kernels").json()] == [scene.kernel_id]
+    filler.unlink()
+    wait_until(lambda: other not in record.read_text(), "the record is saved")
+    scene.gateway.start_kernel(name="python3")
 
 
 # -- readers that do not read ----------------------------------------------------------------

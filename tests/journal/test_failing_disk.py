@@ -2,8 +2,6 @@
 
 import logging
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,18 +17,6 @@ from tests.journal.parts import (
     numbered,
     segments_of,
 )
-
-
-@pytest.fixture
-def little_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mounted)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("may not mount a file system")
-    yield mounted
-    subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 
 
 def test_a_full_disk_costs_history_but_no_record_that_is_in_memory(
