@@ -128,7 +128,7 @@ class Cursor:
 
     def lose(self, first: int, last: int, size: int) -> None:
         self.next = max(self.next, last + 1)
-        reason = "it was more than the agent keeps"
+        reason = "it was more than the agent keeps" if size else "the agent has lost it"
         self._reader.on_gap(Gap(self.kernel_id, first, last, size or None, reason))
 
     def _hand_over(self, messages: list[KernelMessage]) -> None:

@@ -71,6 +71,7 @@ class _Segment:
     fd: int = -1
     end: int = HEADER_SIZE  # where the next record goes, its header first
     offsets: array[int] = field(default_factory=lambda: array("Q"))  # of the records themselves
+    is_damaged: bool = False  # as it was found: records are missing that were whole once
 
     @property
     def next(self) -> int:
@@ -145,7 +146,9 @@ class Journal:
 
         What a journal there has kept is recovered: cut at the first record that is not whole; of
         several segments the newest that follow on each other. Numbers then go on where they were,
-        otherwise at `first`. `max_age` is in seconds.
+        otherwise at `first`. If it is damaged where it was newest, more had been written than can
+        be told, and readers know numbers of that: then what is below `first` goes, too. `max_age`
+        is in seconds.
 
         Does not fail for the disk's sake: see `flush`.
         """
@@ -166,7 +169,7 @@ class Journal:
         try:
             if directory is not None:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._recover(directory)
+                self._recover(directory, first)
             if not self._segments:
                 self._begin(before=0)
         except OSError as error:
@@ -459,8 +462,10 @@ class Journal:
 
     # -- recovery and the end ----------------------------------------------------------------
 
-    def _recover(self, directory: Path) -> None:
+    def _recover(self, directory: Path, first: int) -> None:
         run: list[_Segment] = []  # newest first
+        is_damaged = False
+        base = first
         for path in sorted(directory.glob("*.journal"), reverse=True):
             found = _open_segment(path)
             if found is not None and run and found[0].next != run[-1].first:
@@ -468,13 +473,22 @@ class Journal:
                 found = None
             if found is None:
                 log.warning("journal: %s is damaged or does not lead to the next: dropped", path)
+                # One with a header alone was only just begun.
+                is_damaged |= not run and path.stat().st_size > HEADER_SIZE
                 _unlink(path)
                 continue
             segment, base = found
-            self._base = base
+            is_damaged |= not run and segment.is_damaged
             run.append(segment)
+        if is_damaged and run and run[0].next < first:
+            log.warning("journal in %s: its end is lost; it begins anew at %d", directory, first)
+            for segment in run:
+                segment.close()
+                _unlink(directory / _name(segment.first))
+            run = []
         if not run:
             return
+        self._base = base
         self._segments = run[::-1]
         self._reset(run[0].next)
         self.first = run[-1].first
@@ -552,6 +566,7 @@ def _read_segment(path: Path, fd: int) -> tuple[_Segment, int] | None:
             if start + length > status.st_size:
                 break
             if xxh3_64_intdigest(file.read(length), segment.next) & MASK != checksum:
+                segment.is_damaged = True
                 break
             segment.offsets.append(start)
             segment.end = start + length

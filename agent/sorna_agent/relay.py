@@ -558,8 +558,8 @@ class Relay:
             kernel.note_loss("the agent's relay was restarted")
 
     def _add_kernel(self, kernel_id: bytes, *, is_running: bool) -> KernelSide:
-        # Of a kernel that runs, others know numbers already: if its journal is lost, ours must be
-        # higher than any of those.
+        # Of a kernel that runs, others know numbers already: if its journal is lost, or its end,
+        # ours must be higher than any of those.
         first = int(time.time() * 1e6) if is_running else 1
         share = self.limits.total // (len(self._kernels) + 1)
         journal = Journal(

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 import zmq
 
+from sorna_agent.relay_link import _listening_pid as listening_pid
 from sorna_jupyter.agents import AgentPool, HeartbeatListener, KeyPair
 from sorna_jupyter.embedded import AgentSettings, EmbeddedAgent
 from sorna_jupyter.exceptions import (
@@ -57,6 +58,7 @@ class Client:
     ) -> None:
         self.session_id = session_id or uuid.uuid4().hex
         self.messages: list[KernelMessage] = []
+        self.gaps: list[Gap] = []
         self.events: list[tuple[KernelStatus, str]] = []
         self._news = asyncio.Event()
         self.attachment = kernels.attach(
@@ -64,7 +66,8 @@ class Client:
         )
 
     def on_kernel_gap(self, gap: Gap) -> None:
-        raise AssertionError(gap)
+        self.gaps.append(gap)
+        self._news.set()
 
     def on_kernel_messages(self, batch: Batch) -> None:
         self.messages.extend(batch.messages)
@@ -199,6 +202,9 @@ class House:
                 assert isinstance(item, KernelMessage), item
                 found.append(item)
         return found
+
+    def kill_relay(self) -> None:
+        os.kill(listening_pid(self.directory / "relay.sock"), signal.SIGKILL)
 
     @property
     def agent_pid(self) -> int:
@@ -501,6 +507,32 @@ async def test_a_killed_agent_comes_back_and_its_kernels_never_stopped(house: Ho
     assert await client.output(client.execute("print(x + 1)")) == "6\n"
     await house.kernels.interrupt(kernel.id)
     assert kernel.status is KernelStatus.RUNNING
+
+
+async def test_a_relay_that_finds_its_journal_damaged_gives_no_number_twice(house: House) -> None:
+    kernel = await house.kernels.start(owner=OWNER)
+    client = Client(house.kernels, kernel.id)
+    await client.output(client.execute("print('a' * 1000)"))
+    last = client.messages[-1].seq
+    [journal] = (house.directory / "agent/journals" / kernel.id).glob("*.journal")
+    data = bytearray(journal.read_bytes())
+    data[len(data) // 2] ^= 1
+    journal.write_bytes(data)
+
+    house.kill_relay()
+    await client.until(lambda: len(client.gaps) == 2)
+    output = await client.output(client.execute("print('after')"))
+
+    assert output == "after\n"
+    lost, note = client.gaps
+    assert (lost.first, lost.last, lost.messages) == (last + 1, note.first - 1, None)
+    assert (lost.reason, note.reason) == (
+        "the agent has lost it",
+        "the agent's relay was restarted",
+    )
+    [late, *_] = [item async for items in house.kernels.messages(kernel.id, last) for item in items]
+    assert isinstance(late, Gap)
+    assert (late.first, late.last) == (last, lost.last)
 
 
 async def test_a_gateway_that_was_killed_is_replaced_and_adopts_the_kernels(house: House) -> None:

@@ -1,5 +1,6 @@
 """Its files against everything that cuts them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,35 @@ def test_only_the_newest_segments_in_a_row_are_kept(tmp_path: Path, fate: str):
     assert (journal.first, journal.last) == (first_of(paths[4]), 1000)
     assert contents(journal) == numbered(journal.first, 1000)
     assert segments_of(directory) == paths[4:]
+    journal.close()
+
+
+@pytest.mark.parametrize("damage", ["header", "first record", "last record"])
+def test_no_number_is_given_twice_if_the_newest_are_damaged(tmp_path: Path, damage: str):
+    directory, paths = full_directory(tmp_path)
+    data = bytearray(paths[-1].read_bytes())
+    data[{"header": 9, "first record": HEADER_SIZE + RECORD.size, "last record": -1}[damage]] ^= 1
+    paths[-1].write_bytes(data)
+
+    journal = Journal(directory, retention=RETENTION, first=5000)
+
+    assert (journal.first, journal.next) == (5000, 5000)
+    assert journal.dropped(990) == (4010, 0)
+    assert journal.append(b"after") == 5000
+    journal.close()
+    again = Journal(directory, retention=RETENTION, first=9000)
+    assert (again.first, contents(again)) == (5000, [b"after"])
+    again.close()
+
+
+def test_what_was_not_written_whole_is_no_damage(tmp_path: Path):
+    directory, paths = full_directory(tmp_path)
+    os.truncate(paths[-1], paths[-1].stat().st_size - 1)
+    (directory / f"{1001:020}.journal").write_bytes(b"")
+
+    journal = Journal(directory, retention=RETENTION, first=5000)
+
+    assert (journal.first, journal.next) == (first_of(paths[0]), 1000)
     journal.close()
 
 
