@@ -295,6 +295,8 @@ class _AgentLink:
         self._fds = [cast(int, s.getsockopt(zmq.FD)) for s in (self._socket, self._monitor)]
         self._loop.add_reader(self._fds[0], self._drain)
         self._loop.add_reader(self._fds[1], self._on_connection)
+        # ZeroMQ signals that something came only to who has seen that nothing was there.
+        self._on_connection()
 
     def is_outdated(self, agent: AgentRow) -> bool:
         mine = self._agent

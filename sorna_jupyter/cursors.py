@@ -106,6 +106,8 @@ class Cursor:
         return [protocol.SUBSCRIBE, self.kernel_id.encode(), self.id, *numbers]
 
     def take(self, first: int, end: int, records: list[bytes]) -> None:
+        if self._misses(first):
+            return
         self.end = max(self.end, end)
         self.next = self.next or first
         messages: list[KernelMessage] = []
@@ -126,8 +128,15 @@ class Cursor:
         if self._is_prompt:
             self.done()
 
+    def _misses(self, first: int) -> bool:
+        """Whether what comes before number `first` was on its way when the connection was cut, and
+        the relay noticed nothing. It comes again, with the rest: when the link opens anew."""
+        return 0 < self.next < first
+
     def lose(self, first: int, last: int, size: int) -> None:
-        self.next = max(self.next, last + 1)
+        if self._misses(first) or last < self.next:
+            return  # the latter was told before the connection was cut as well
+        self.next = last + 1
         reason = "it was more than the agent keeps" if size else "the agent has lost it"
         self._reader.on_gap(Gap(self.kernel_id, first, last, size or None, reason))
 

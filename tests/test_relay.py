@@ -20,8 +20,17 @@ from sorna_agent.relay_kernel import Signer, as_routing_id
 from sorna_agent.relay_link import RelayLink, RelaySettings
 from sorna_agent.runtimes import Launch, Started
 from sorna_jupyter import protocol
+from sorna_jupyter.agents import AgentPool, KeyPair
 from sorna_jupyter.exceptions import AgentUnreachable
-from sorna_jupyter.protocol import InterruptKernel, ReadKernelLog
+from sorna_jupyter.protocol import (
+    Batch,
+    Gap,
+    InterruptKernel,
+    KernelMessage,
+    ReadKernelLog,
+    Slots,
+)
+from sorna_jupyter.registry import AgentRow
 from tests.agent_parts import (
     PATIENCE,
     IpykernelRuntime,
@@ -32,6 +41,7 @@ from tests.agent_parts import (
     stdout_of,
     until,
 )
+from tests.chaos import ChaosProxy, Cut
 
 
 @dataclass
@@ -625,6 +635,53 @@ async def test_a_dead_kernels_last_words_can_still_be_read(house: House):
     late.subscribe("k1", 1)
 
     await late.wait_for(lambda m: b"famous last words" in m.parts[3])
+
+
+@dataclass
+class Reader:
+    """Gets a kernel's messages from `AgentPool`."""
+
+    messages: list[KernelMessage] = field(default_factory=list)
+
+    def on_batch(self, batch: Batch) -> None:
+        self.messages.extend(batch.messages)
+
+    def on_gap(self, gap: Gap) -> None:
+        raise AssertionError(gap)
+
+    @property
+    def printed(self) -> str:
+        texts = [json.loads(m.parts[3])["text"] for m in self.messages if m.msg_type == "stream"]
+        return "".join(texts)
+
+
+@pytest.mark.parametrize("how", list(Cut))
+async def test_a_gateway_whose_connection_was_cut_gets_what_came_meanwhile(house: House, how: Cut):
+    await house.start_kernel()
+    proxy = ChaosProxy(int(house.link.addresses[1].rpartition(":")[2]))
+    keys = house.gateway_keys
+    pool = AgentPool(KeyPair(keys.public, keys.secret), keys.token)
+    slots = Slots(cpus=1, memory=1, kernels=1)
+    addresses = [proxy.url.replace("http", "tcp")]
+    agent = AgentRow(
+        "a1", "alive", house.agent_keys.public, addresses, "here", "local", "", slots, 0
+    )
+    reader = Reader()
+    attachment = pool.attach(agent, "k1", "s1", reader, resumes=True)
+    await asyncio.wait_for(attachment.caught_up.wait(), PATIENCE)
+    client = house.line().client("k1")
+    client.execute("print('before')")
+    await until(lambda: reader.printed == "before\n")
+
+    await asyncio.to_thread(proxy.cut, how)
+    for number in range(5):
+        client.execute(f"print({number})")
+    await until(lambda: reader.printed.endswith("4\n"))
+
+    assert reader.printed == "before\n0\n1\n2\n3\n4\n"
+    attachment.close()
+    pool.close()
+    await asyncio.to_thread(proxy.close)
 
 
 async def test_requests_pass_to_the_agent_and_its_replies_back(house: House):
