@@ -90,6 +90,9 @@ class Kernel:
     """set while the kernel answers, and once it is over"""
     attached: list[_KernelAttachment] = field(default_factory=list, repr=False)
     readings: list[Reading] = field(default_factory=list, repr=False)
+    unanswered: dict[str, dict[str, bytes]] = field(default_factory=dict, repr=False)
+    """the headers of clients' execute_requests, by session and msg_id, until the reply is on its
+    way: also of those who went away and may come back"""
 
     @property
     def is_over(self) -> bool:
@@ -532,6 +535,8 @@ class Kernels:
             case KernelStatus.RESTARTING:
                 kernel.ready.clear()
                 kernel.execution_state = "restarting"
+                for requests in kernel.unanswered.values():
+                    requests.clear()
             case KernelStatus.LOST:
                 kernel.reason = kernel.reason or "its agent is lost; it may come back"
             case KernelStatus.DEAD | KernelStatus.TERMINATED:

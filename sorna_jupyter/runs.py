@@ -14,6 +14,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -39,6 +40,7 @@ from sorna_jupyter.protocol import (
     make_message,
 )
 from sorna_jupyter.run import EOF, Execute, InputRequest, Run, RunStatus
+from sorna_jupyter.unanswered import wait_in_vain
 
 log = logging.getLogger(__name__)
 
@@ -366,22 +368,23 @@ class _KernelSession:
                 log.warning("kernel %s sent what is no message: %s", self.kernel.id, error)
 
     def on_kernel_gap(self, gap: Gap) -> None:
-        """Output may miss, or the answer itself. Kernels work their shell off in order: when the
-        answer to a question asked now is here, what has none by then never will."""
-        runs = list(self._going_on.values())
-        for run in runs:
+        """Output may miss, or the answer itself."""
+        for run in self._going_on.values():
             run.note_loss(gap.reason)
-        if runs:
-            self._runs.in_background(self._end_if_lost(runs, gap.reason), "look for lost answers")
+        if self._going_on:
+            self._runs.in_background(self._end_if_lost(gap.reason), "look for lost answers")
 
-    async def _end_if_lost(self, runs: list[Run], reason: str) -> None:
+    async def _end_if_lost(self, reason: str) -> None:
+        ask = partial(self.ask, "kernel_info_request", {}, timeout=None)
         try:
-            await self.ask("kernel_info_request", {}, timeout=None)
+            lost = await wait_in_vain(self._unanswered, ask)
         except SornaError:
             return  # the kernel is over, and `lose` has ended them
-        for run in runs:
-            if run.id in self._going_on and run.reply is None:
-                self._end(run, RunStatus.LOST, f"its answer was lost: {reason}")
+        for run_id in lost:
+            self._end(self._going_on[run_id], RunStatus.LOST, f"its answer was lost: {reason}")
+
+    def _unanswered(self) -> list[str]:
+        return [run.id for run in self._going_on.values() if run.reply is None]
 
     def on_kernel_event(self, kernel: Kernel) -> None:
         if kernel.status is KernelStatus.RESTARTING:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,6 +42,7 @@ from sorna_jupyter.protocol import (
     pack_number,
     read_number,
 )
+from sorna_jupyter.unanswered import wait_in_vain
 from sorna_jupyter.unattended import UnattendedCells
 from sorna_jupyter.wire import (
     JSON_PARTS,
@@ -112,6 +114,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     _waits_for_client = False
     _taken_by_client = 0
     """bytes; both when `is_draining` was asked last"""
+    _ending: asyncio.Task[None] | None = None
+    """looks for cells whose end is lost"""
 
     multi_kernel_manager: SornaMappingKernelManager
 
@@ -127,6 +131,8 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         self._is_tcp = self._stream.socket.family != AF_UNIX
         self._framing = framing_of(handler.selected_subprotocol)
         self._unanswered: dict[str, bytes] = {}
+        self._last_answered: bytes | None = None
+        self._questions: dict[str, asyncio.Future[None]] = {}
         self._pings: deque[int] = deque()
         self._loop = asyncio.get_running_loop()
         # Asked of traits for every message, these would cost more than the message.
@@ -150,6 +156,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         except SornaError as error:
             self._close(TRY_AGAIN_LATER, error.message)
             return
+        self._unanswered = self.kernel.unanswered.setdefault(self.session_id, {})
         if unattended := self._unattended:
             unattended.connected(self.kernel, self.session_id)
         if self.kernel.status is KernelStatus.PREPARING:
@@ -163,7 +170,10 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         key = (self.kernel_id, self.session_id)
         if self._by_session.get(key) is self:
             del self._by_session[key]
+        self._stop_looking()
         if self._attachment is not None:
+            if not self._unanswered:
+                self.kernel.unanswered.pop(self.session_id, None)
             self._attachment.close()
             self._attachment = None
             if unattended := self._unattended:
@@ -223,6 +233,11 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     # -- `Listener`
 
     def on_kernel_messages(self, batch: Batch) -> None:
+        if self._questions and (others := self._take_answers(batch)) is not batch:
+            self._written = batch.next - 1
+            if others is None:
+                return
+            batch = others
         if self._has_lagged:
             if self._attachment.is_behind:
                 batch = with_streams_joined(batch)
@@ -257,6 +272,11 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         what = "Output" if gap.messages is None else f"{gap.messages} messages"
         self._say_stderr(f"[{what} may be missing here: {gap.reason}]\n", self._running)
         self._written = gap.last
+        if self._unanswered or self._last_answered:
+            self._stop_looking()  # what that would find, this does
+            self._ending = asyncio.create_task(
+                self._end_what_was_lost(gap.reason), name=f"lost ends of {self.session_id}"
+            )
 
     def on_pong(self, data: bytes) -> None:
         """The client has everything up to the number that the ping carried."""
@@ -298,6 +318,81 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             for message in messages
         )
 
+    # -- ends that nobody heard
+
+    async def _end_what_was_lost(self, reason: str) -> None:
+        """Front-ends show a cell as running until its reply and its idle are there."""
+        last_answered = self._last_answered
+        for msg_id in await wait_in_vain(self._in_the_main_shell, self._ask):
+            self._end(msg_id, reason)
+        if last_answered is not None:  # it may have lost its idle alone; twice does no harm
+            self._say_idle(last_answered)
+
+    def _stop_looking(self) -> None:
+        if self._ending is not None:
+            self._ending.cancel()
+            self._ending = None
+
+    def _in_the_main_shell(self) -> list[str]:
+        """Unanswered requests: our question says nothing of those in other subshells."""
+        return [
+            msg_id
+            for msg_id, header in self._unanswered.items()
+            if read_header(header).subshell_id is None
+        ]
+
+    async def _ask(self) -> None:
+        """Returns when the kernel has answered a question, of which the client sees nothing."""
+        msg_id = uuid.uuid4().hex
+        question = make_message("kernel_info_request", {}, msg_id=msg_id, session=self.session_id)
+        self._questions[msg_id] = self._loop.create_future()
+        try:
+            self._send("shell", question)
+            await self._questions[msg_id]
+        finally:
+            del self._questions[msg_id]
+
+    def _take_answers(self, batch: Batch) -> Batch | None:
+        """What of the batch is not an answer to a question of ours."""
+        others = [message for message in batch.messages if not self._take_answer(message)]
+        if len(others) == len(batch.messages):
+            return batch
+        return Batch(others) if others else None
+
+    def _take_answer(self, message: KernelMessage) -> bool:
+        if message.channel != "shell" or b'"kernel_info_reply"' not in message.header:
+            return False
+        with suppress(MalformedFrame):  # a kernel may write what it likes
+            question = self._questions.get(read_header(message.parts[1]).msg_id)
+            if question is not None and not question.done():
+                question.set_result(None)
+            return question is not None
+        return False
+
+    def _end(self, msg_id: str, reason: str) -> None:
+        what = "Whether this ran to its end is not known"
+        parent = self._unanswered.pop(msg_id)
+        self._say_stderr(f"[{what}: {reason}]\n", parent)
+        reply: dict[str, Any] = {
+            "status": "error",
+            "execution_count": None,
+            "ename": "ReplyLost",
+            "evalue": f"{what}: {reason}",
+            "traceback": [],
+        }
+        self._say("shell", "execute_reply", reply, parent)
+        self._say_idle(parent)
+        if unattended := self._unattended:
+            unattended.answered(self.kernel_id, self.session_id, msg_id, self._written)
+
+    def _say_idle(self, parent: bytes) -> None:
+        """It ends a request in a client's eyes; the last word is the truth."""
+        self._say("iopub", "status", {"execution_state": "idle"}, parent)
+        if self.kernel.execution_state == "busy":
+            self._say("iopub", "status", {"execution_state": "busy"}, parent)
+
+    # -- the kernel's life
+
     def on_kernel_event(self, kernel: Kernel) -> None:
         match kernel.status:
             case KernelStatus.DEAD:
@@ -307,14 +402,15 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
             case KernelStatus.LOST:
                 self._say_stderr(f"The kernel is out of reach: {kernel.reason}\n", self._running)
             case KernelStatus.RESTARTING:
-                self._unanswered.clear()
+                self._last_answered = None
+                self._stop_looking()
             # Nothing is said of a restart: front-ends wait for the REST call's answer, and would
             # take a status for another restart, that nobody asked for.
 
     def _forget_answered(self, message: KernelMessage) -> None:
         with suppress(MalformedFrame):  # a kernel may write what it likes
             msg_id = read_header(message.parts[1]).msg_id
-            self._unanswered.pop(msg_id, None)
+            self._last_answered = self._unanswered.pop(msg_id, self._last_answered)
             if unattended := self._unattended:
                 unattended.answered(self.kernel_id, self.session_id, msg_id, message.seq)
 
@@ -326,6 +422,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
     def _tell_death(self, note: str) -> None:
         """The socket stays open, as everywhere: front-ends close it when they have shown it."""
         self._say_stderr(note, self._running)
+        self._stop_looking()
         self._unanswered.clear()
         self._say("iopub", "status", {"execution_state": "dead"})
         if self._attachment is not None:
@@ -356,9 +453,7 @@ class SornaWebsocketConnection(BaseKernelWebsocketConnection):
         info = {"status": "ok", **(self.kernel.kernel_info or {})}
         self._say("iopub", "status", {"execution_state": "busy"}, parent)
         self._say(channel, "kernel_info_reply", info, parent)
-        # `idle` is what ends the request in a client's eyes; the last word is the truth.
-        self._say("iopub", "status", {"execution_state": "idle"}, parent)
-        self._say("iopub", "status", {"execution_state": "busy"}, parent)
+        self._say_idle(parent)
 
     def _say_stderr(self, text: str, parent: bytes = b"{}") -> None:
         self._say("iopub", "stream", {"name": "stderr", "text": text}, parent)

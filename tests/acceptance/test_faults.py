@@ -35,6 +35,7 @@ from tests.acceptance.fault_parts import (
     doubled,
     hole_in,
     ids,
+    is_text,
     messages_of,
     numbers_in,
     of,
@@ -290,6 +291,39 @@ def test_what_a_kernel_says_while_the_relay_stands_still_waits_in_the_kernel(
         wait_until(lambda: scene.near.has_finished(parent), "the cell ends", 60)
 
         everyone_has_all(scene, parent, cell, since)
+
+
+def test_a_cell_whose_end_no_relay_heard_is_ended_and_those_behind_it_are_answered(
+    new_scene: NewScene,
+) -> None:
+    scene = new_scene()
+    agent = scene.pid("sorna_agent.app")
+    relay = scene.pid("sorna_agent.relay")
+
+    unheard = scene.near.execute("import time; time.sleep(1)")
+    heard = [scene.near.execute(code) for code in ("time.sleep(3); 'heard'", "1", "2", "3")]
+    wait_until(lambda: scene.near.has_seen("status", unheard), "the cell begins")
+    os.kill(agent, signal.SIGSTOP)  # else there is another relay too soon
+    os.kill(relay, signal.SIGKILL)
+    time.sleep(2)
+    os.kill(agent, signal.SIGCONT)
+
+    for request in (unheard, *heard):
+        wait_until(lambda r=request: scene.near.has_finished(r), "the cell ends")
+    [lost] = replies_to(scene.near, unheard)
+    assert (lost["status"], lost["ename"]) == ("error", "ReplyLost")
+    assert "not known" in lost["evalue"]
+    assert any("not known" in m["content"]["text"] for m in stderr_of(scene.near, unheard))
+    for request in heard:
+        assert [reply["status"] for reply in replies_to(scene.near, request)] == ["ok"]
+
+
+def replies_to(tab: Tab, request: str) -> list[Any]:
+    return [m["content"] for m in tab.of(request) if m["header"]["msg_type"] == "execute_reply"]
+
+
+def stderr_of(tab: Tab, request: str) -> list[Message]:
+    return [m for m in tab.of(request) if is_text(m, "stderr")]
 
 
 MOST_LOST = 3.0
