@@ -38,6 +38,7 @@ from sorna_jupyter.http import log_request
 from sorna_jupyter.kernels import Kernel, Kernels
 from sorna_jupyter.live import LiveState, MemoryLive, RedisLive
 from sorna_jupyter.notebooks import Notebooks, SornaContentsManager
+from sorna_jupyter.open_cells import OpenCells
 from sorna_jupyter.protocol import Beat, ImageState, Limits, parse_size
 from sorna_jupyter.registry import Policy, Registry
 from sorna_jupyter.runs import Runs
@@ -333,7 +334,10 @@ class SornaApp(ExtensionApp):
         serverapp: Any = self.serverapp
         notebooks = Notebooks(serverapp.contents_manager, self.registry)
         self.unattended = UnattendedCells(
-            self.kernels.messages, notebooks, grace=self.unattended_after
+            self.kernels.messages,
+            notebooks,
+            OpenCells(Path(self.data_dir) / "open-cells.jsonl"),
+            grace=self.unattended_after,
         )
         self.kernels.on_change = self.unattended.on_kernel_change
         serverapp.kernel_manager.unattended = self.unattended
@@ -383,6 +387,8 @@ class SornaApp(ExtensionApp):
         await self.registry.ensure_user(identity.local_user, is_admin=True)
         await self.kernels.load()
         self._adopted = {kernel.id for kernel in self.kernels.list()}
+        if not self.headless:
+            self.unattended.resume(self.kernels.list())
         # The listener goes after the agent, so that a slow stop does not look like silence.
         await self.listener.start()
         undo.push_async_callback(self.listener.stop)

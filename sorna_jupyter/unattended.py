@@ -8,6 +8,9 @@ itself, and the notebook's file is its own again.
 
 Cells that were answered before the client went are written along with those that were not, unless
 the client has saved the notebook since: else there would be holes above the running cell.
+
+Who executes what is kept on disk as well (`open_cells`): a gateway that is started anew, also after
+`kill -9`, goes on with those who do not come back to it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -23,6 +26,7 @@ from sorna_jupyter.cells import Cells, Execution, read_execution
 from sorna_jupyter.exceptions import SornaError
 from sorna_jupyter.kernels import Kernel
 from sorna_jupyter.notebooks import Notebooks
+from sorna_jupyter.open_cells import Answered, Done, Executed, OpenCells
 from sorna_jupyter.protocol import Gap, KernelMessage, KernelStatus
 
 log = logging.getLogger(__name__)
@@ -31,6 +35,10 @@ MiB = 1 << 20
 
 SHARE = 0.1
 """of the time may go into writing one client's notebooks: a big one is written less often"""
+
+RETURN_GRACE = 10
+"""times as long as usual, a gateway that was started anew waits for clients to come back: while it
+is away, front-ends try ever less often"""
 
 MAX_FAILURES = 6
 """in a row, each followed by a pause twice as long, before a notebook is given up"""
@@ -56,6 +64,7 @@ class UnattendedCells:
         self,
         messages: Messages,
         notebooks: Notebooks,
+        open_cells: OpenCells,
         *,
         grace: float = 3.0,
         interval: float = 1.0,
@@ -70,6 +79,7 @@ class UnattendedCells:
         """
         self.messages = messages
         self.notebooks = notebooks
+        self.open_cells = open_cells
         self.grace = grace
         self.interval = interval
         self.max_cell_size = max_cell_size
@@ -81,8 +91,21 @@ class UnattendedCells:
         self._restarting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def resume(self, kernels: Iterable[Kernel]) -> None:
+        """Take up what an earlier gateway left, for those of these kernels that still run."""
+        running = {kernel.id: kernel for kernel in kernels if not kernel.is_over}
+        for client_id, executions in list(self.open_cells.clients.items()):
+            kernel_id, session_id = client_id
+            if kernel_id not in running or _all_answered(executions):
+                self.open_cells.note(Done(client_id))
+                continue
+            client = _Client(self, running[kernel_id], session_id)
+            client.executions.update(executions)
+            self._clients.setdefault(kernel_id, {})[session_id] = client
+            client.leave(self.grace * RETURN_GRACE)
+
     async def close(self) -> None:
-        """What is there is written; kernels that go on do so without us."""
+        """What is there is written; kernels that go on do so without us, until `resume`."""
         for clients in self._clients.values():
             for client in clients.values():
                 client.stop()
@@ -92,6 +115,7 @@ class UnattendedCells:
             for task in late:
                 log.warning("%s: not finished within %g s", task.get_name(), self.close_timeout)
                 task.cancel()
+        self.open_cells.close()
 
     # -- what websockets tell
 
@@ -115,6 +139,7 @@ class UnattendedCells:
         if client is None:
             client = clients[session_id] = _Client(self, kernel, session_id)
         client.executions[execution.msg_id] = execution
+        self.open_cells.note(Executed(client.id, execution))
 
     def answered(self, kernel_id: str, session_id: str, msg_id: str, seq: int) -> None:
         """The `execute_reply`, which is message number `seq`, is on its way to the client."""
@@ -131,7 +156,7 @@ class UnattendedCells:
     def disconnected(self, kernel_id: str, session_id: str) -> None:
         client = self._find(kernel_id, session_id)
         if client is not None:
-            client.leave()
+            client.leave(self.grace)
 
     # -- what kernels do
 
@@ -159,6 +184,7 @@ class UnattendedCells:
         clients = self._clients.get(client.kernel.id, {})
         if clients.get(client.session_id) is client:
             del clients[client.session_id]
+            self.open_cells.note(Done(client.id))
         if not clients:
             self._clients.pop(client.kernel.id, None)
 
@@ -179,6 +205,7 @@ class _Client:
     def __init__(self, service: UnattendedCells, kernel: Kernel, session_id: str) -> None:
         self.kernel = kernel
         self.session_id = session_id
+        self.id = (kernel.id, session_id)
         self.executions: dict[str, Execution] = {}
         """by `msg_id`; the last one of each cell"""
         self.replies: dict[str, int] = {}
@@ -201,15 +228,16 @@ class _Client:
         for msg_id in arrived:
             del self.replies[msg_id]
             if msg_id in self.executions:
-                self.executions[msg_id].answered_at = time.time()
+                self.executions[msg_id].answered_at = now = time.time()
+                self._service.open_cells.note(Answered(self.id, msg_id, now))
 
-    def leave(self) -> None:
+    def leave(self, grace: float) -> None:
+        """`grace`: seconds for it to come back."""
         self.replies.clear()
-        if all(execution.answered_at for execution in self.executions.values()):
+        if _all_answered(self.executions):
             self._service.forget(self)
         else:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._service.grace, self._go_absent)
+            self._timer = asyncio.get_running_loop().call_later(grace, self._go_absent)
 
     def come_back(self) -> None:
         if self._timer is not None:
@@ -404,3 +432,7 @@ class _Absence:
             if cell.has_begun and (why := cell.why_unwritten):
                 what = (self._kernel.id, cell.execution.cell_id)
                 log.info("kernel %s, cell %s: its outputs are in no notebook: %s", *what, why)
+
+
+def _all_answered(executions: dict[str, Execution]) -> bool:
+    return all(execution.answered_at for execution in executions.values())

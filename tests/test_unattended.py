@@ -16,9 +16,11 @@ from jupyter_server.services.contents.filemanager import FileContentsManager
 from sorna_jupyter.exceptions import AgentUnreachable, NotebookNotWritten, SornaError
 from sorna_jupyter.kernels import Kernel
 from sorna_jupyter.notebooks import Notebooks, SornaContentsManager
+from sorna_jupyter.open_cells import LEAST_REWRITTEN, OpenCells
 from sorna_jupyter.protocol import Gap, KernelMessage, KernelStatus, Limits
 from sorna_jupyter.registry import SessionRow
 from sorna_jupyter.unattended import UnattendedCells
+from tests.disks import fill
 from tests.waiting import until
 
 KERNEL_ID = "11111111-2222-4333-8444-555555555555"
@@ -107,9 +109,8 @@ class Bench:
         self.journal = Journal()
         self.registry = FakeRegistry()
         self.notebooks = Notebooks(contents, self.registry)  # type: ignore[arg-type]  # made up
-        self.cells = UnattendedCells(
-            self.journal.messages, self.notebooks, grace=0.05, interval=0.01, close_timeout=2
-        )
+        self.record = root / "open-cells.jsonl"
+        self.cells = self.make()
         self.kernel = Kernel(
             id=KERNEL_ID,
             name="python3",
@@ -123,6 +124,25 @@ class Bench:
             execution_state="busy",
         )
         self.write({name: (code, []) for name, code in CODE.items()})
+
+    def make(self) -> UnattendedCells:
+        """What a gateway has when it starts."""
+        return UnattendedCells(
+            self.journal.messages,
+            self.notebooks,
+            OpenCells(self.record),
+            grace=0.05,
+            interval=0.01,
+            close_timeout=2,
+        )
+
+    def start_gateway_anew(self) -> None:
+        """The former was killed: none of it does anything any more."""
+        for clients in self.cells._clients.values():
+            for client in clients.values():
+                client.come_back()
+        self.cells = self.make()
+        self.cells.resume([self.kernel])
 
     def write(self, cells: dict[str, tuple[str, list[Any]]]) -> None:
         """Someone else saves the notebook."""
@@ -329,6 +349,116 @@ async def test_when_the_server_stops_what_is_there_is_written(bench: Bench) -> N
 
     assert bench.read()["a"] == "x"
     assert bench.is_forgotten
+
+
+# -- a gateway that is started anew ----------------------------------------------------------
+
+
+async def test_a_gateway_started_anew_goes_on_with_the_cells_of_who_does_not_come_back(
+    bench: Bench,
+) -> None:
+    bench.execute("a", "b")
+    bench.journal.begin("client-a")
+    bench.journal.print("client-a", "1 ")
+    bench.leave()
+    await bench.shows(a="1 ")
+
+    bench.start_gateway_anew()
+    bench.journal.print("client-a", "2 ")
+    bench.journal.end("client-a")
+    bench.journal.begin("client-b", 2)
+    await bench.shows(a="1 2 ")
+    bench.start_gateway_anew()
+    bench.journal.print("client-b", "3")
+    bench.journal.end("client-b")
+
+    await bench.shows(a="1 2 ", b="3")
+    await until(lambda: bench.is_forgotten)
+    assert bench.make().open_cells.clients == {}
+
+
+async def test_a_client_that_comes_back_to_a_gateway_started_anew_has_its_file_to_itself(
+    bench: Bench,
+) -> None:
+    bench.execute("a")
+
+    bench.start_gateway_anew()
+    bench.cells.connected(bench.kernel, "client")
+    bench.journal.begin("client-a")
+    bench.journal.print("client-a", "seen")
+    seq = bench.journal.end("client-a")
+    bench.cells.answered(KERNEL_ID, "client", "client-a", seq)
+    bench.cells.acknowledged(KERNEL_ID, "client", seq)
+    bench.leave()
+
+    assert bench.is_forgotten
+    await bench.shows()
+
+
+async def test_what_was_answered_or_ended_or_executed_anew_is_nothing_to_go_on_with(
+    bench: Bench,
+) -> None:
+    bench.execute("a", session="early")
+    bench.execute("b")
+    bench.cells.answered(KERNEL_ID, "client", "client-b", 5)
+    bench.cells.acknowledged(KERNEL_ID, "client", 5)
+    bench.execute("a", session="late")
+    bench.execute("c", session="of another kernel")
+    bench.kernel.id = "another"
+
+    bench.start_gateway_anew()
+
+    assert bench.is_forgotten
+    bench.kernel.id = KERNEL_ID
+
+
+async def test_when_the_server_stops_and_kernels_go_on_the_next_goes_on_with_their_cells(
+    bench: Bench,
+) -> None:
+    bench.execute("a")
+    bench.journal.begin("client-a")
+    bench.leave()
+    await until(lambda: bench.journal.readers)
+
+    await bench.cells.close()
+    bench.start_gateway_anew()
+    bench.journal.print("client-a", "on and on")
+    bench.journal.end("client-a")
+
+    await bench.shows(a="on and on")
+
+
+async def test_the_record_is_private_and_does_not_grow_for_ever(bench: Bench) -> None:
+    CODE["long"] = "#" * (LEAST_REWRITTEN // 100)
+    for _ in range(1000):
+        bench.execute("long")
+    del CODE["long"]
+
+    assert bench.record.stat().st_size < 2 * LEAST_REWRITTEN
+    assert bench.record.stat().st_mode & 0o777 == 0o600
+    [executions] = OpenCells(bench.record).clients.values()
+    assert [e.cell_id for e in executions.values()].count("long") == 1
+
+
+async def test_a_record_cut_short_or_on_a_full_disk_costs_no_more_than_that(
+    bench: Bench, little_disk: Path
+) -> None:
+    bench.execute("a", "b")
+    bench.record.write_bytes(bench.record.read_bytes()[:-5])
+    [[execution]] = [e.values() for e in OpenCells(bench.record).clients.values()]
+    assert execution.cell_id == "a"
+
+    bench.record = little_disk / "open-cells.jsonl"
+    bench.cells = bench.make()
+    bench.execute("a")
+    fill(little_disk / "filler")
+    for _ in range(100):
+        bench.execute("b")
+    (little_disk / "filler").unlink()
+    bench.execute("c")
+
+    [executions] = OpenCells(bench.record).clients.values()
+    assert [e.cell_id for e in executions.values()] == ["a", "b", "c"]
 
 
 # -- what is not -----------------------------------------------------------------------------

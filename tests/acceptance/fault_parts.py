@@ -87,7 +87,7 @@ class Tab(Reader):
         self._thread.start()
         wait_until(lambda: self.has_seen("kernel_info_reply"), "the kernel answers", 60)
 
-    def send(self, msg_type: str, content: Message) -> str:
+    def send(self, msg_type: str, content: Message, metadata: Message | None = None) -> str:
         header = {
             "msg_id": uuid.uuid4().hex,
             "msg_type": msg_type,
@@ -96,13 +96,14 @@ class Tab(Reader):
             "date": "2026-01-01T00:00:00Z",
             "version": "5.4",
         }
-        message = {"header": header, "parent_header": {}, "metadata": {}, "content": content}
+        message = {"header": header, "parent_header": {}, "metadata": metadata or {}}
+        message["content"] = content
         ws = wait_until(lambda: self._ws, "it is connected")
         ws.send_binary(encode_v1(message | {"channel": "shell", "buffers": []}))
         return header["msg_id"]
 
-    def execute(self, code: str) -> str:
-        """Returns the request's msg_id."""
+    def execute(self, code: str, cell_id: str = "") -> str:
+        """Returns the request's msg_id. `cell_id`: of the notebook's cell that it is."""
         return self.send(
             "execute_request",
             {
@@ -113,6 +114,7 @@ class Tab(Reader):
                 "allow_stdin": False,
                 "stop_on_error": True,
             },
+            {"cellId": cell_id} if cell_id else {},
         )
 
     @property

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import nbformat
 import pytest
 
 from tests.acceptance.engines import SecondEngine
@@ -459,6 +460,31 @@ def test_a_restart_of_the_docker_engine_costs_nothing(
     everyone_has_all(scene, parent, cell)
     everyone_has_all(scene, run_id, afterwards)
     assert len(scene.far.connections) == len(scene.near.connections) == 1
+
+
+def test_a_gateway_started_anew_writes_the_cells_of_who_does_not_come_back(
+    new_scene: NewScene,
+) -> None:
+    scene = new_scene("--runtime=local", "--SornaApp.unattended_after=0.2")
+    path, cell = f"unattended-{secrets.token_hex(4)}.ipynb", Cell(50, 0.1)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.code, id="c1")])
+    contents = {"type": "notebook", "format": "json", "content": notebook}
+    assert scene.gateway.put(f"/api/contents/{path}", contents).status_code == 201
+    session = {"path": path, "type": "notebook", "name": "", "kernel": {"id": scene.kernel_id}}
+    assert scene.gateway.post("/api/sessions", session).status_code == 201
+    leaving = scene.tab(scene.gateway.url, scene.kernel_id)
+    running = leaving.execute(cell.code, "c1")
+    wait_until(lambda: printed(leaving.of(running), running), "the cell prints")
+
+    leaving.close()
+    scene.replace_gateway()
+
+    def written() -> str:
+        saved = scene.gateway.get(f"/api/contents/{path}").json()
+        return text_of(saved["content"]["cells"][0]["outputs"])
+
+    wait_until(lambda: scene.far.has_finished(running), "the cell ends")
+    wait_until(lambda: written() == cell.text, "its outputs are in the notebook")
 
 
 # -- a full disk -----------------------------------------------------------------------------
