@@ -290,10 +290,10 @@ class Journal:
             _write(segment.fd, [header], 0, len(header))
 
     def _roll(self) -> None:
-        self.flush()
-        if not self._open_size:
-            return  # the disk failed, and all was put into new segments
         newest = self._segments[-1]
+        self.flush()
+        if self._segments[-1] is not newest:
+            return  # the disk failed, and all was put into new segments
         try:
             self._begin(newest.before + newest.payload)
         except OSError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sorna_agent.journal import HEADER_SIZE, SEGMENTS, Journal
+from tests.disks import fill as fill_disk
 from tests.journal.parts import (
     MEMORY,
     RETENTION,
@@ -55,6 +56,23 @@ def test_a_full_disk_costs_history_but_no_record_that_is_in_memory(
     assert contents(again) == numbered(kept, last + 110)
     assert again.dropped(1) == (kept - 1, 96 * (kept - 1))
     again.close()
+
+
+def test_a_disk_that_fails_when_a_segment_is_full_confuses_no_numbers(little_disk: Path):
+    journal = Journal(little_disk / "kernel", memory=MEMORY, retention=SEGMENTS * 16_000)
+    fill(journal, 60)
+    fill_disk(little_disk / "others")
+
+    while journal.on_disk:  # what is written is so because a segment is full
+        journal.append(*numbered(journal.next, journal.next))
+    for last in range(journal.next, 2000):
+        fill(journal, last)
+
+        assert contents(journal) == numbered(journal.first, last)
+        assert journal.dropped(1) == (journal.first - 1, 96 * (journal.first - 1))
+    assert journal.first > 1000
+    (little_disk / "others").unlink()
+    journal.close()
 
 
 def test_in_memory_alone_it_keeps_to_its_retention(tmp_path: Path):
