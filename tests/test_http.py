@@ -33,7 +33,7 @@ def test_every_error_has_a_status(kind: type[SornaError]) -> None:
     expected |= {"SessionNotFound": 404, "UnknownKernelspec": 404}
     expected |= {"Conflict": 409, "KernelExists": 409, "IllegalTransition": 409}
     expected |= {"Unavailable": 503, "NoAgentAvailable": 503, "AgentUnreachable": 503}
-    expected |= {"RuntimeUnavailable": 503, "ImageUnavailable": 503}
+    expected |= {"RuntimeUnavailable": 503, "ImageUnavailable": 503, "AgentDiskFull": 503}
     expected |= {"KernelStartFailed": 500, "NotebookNotWritten": 500, "SornaError": 500}
     assert status_of(error) == expected[kind.__name__]
 

@@ -90,8 +90,9 @@ OUTPUT_WAITS = (
     "setsockopt(23, 0)))(get_ipython().kernel.iopub_thread)"
 )
 """Sets ZMQ_SNDHWM of the kernel's output socket to 0, in the thread that it belongs to: else what
-it says while the relay gets no processor is dropped above 1000 messages, and nobody can know. The
-image has the same in its `kernel.json`."""
+it says while the relay gets no processor is dropped above 1000 messages, and nobody can know. Holds
+for connections that are there, not for that of a later relay: ZeroMQ gives those what held when the
+socket was bound. The image has the same in its `kernel.json`."""
 OUR_ENV = ("PATH", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ")
 
 GET_DOCKER = "for containers, install Docker and start `jupyter sorna` again."
