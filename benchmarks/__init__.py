@@ -1,6 +1,6 @@
 """How fast, and how lossless: we and our peers against straight ZeroMQ, in one run on one machine.
 
-    python -m benchmarks              everything; some ten minutes
+    python -m benchmarks              everything; half an hour
     python -m benchmarks --quick      few rounds; two or three minutes
     python -m benchmarks --only rtt-null --rounds 5
 

@@ -223,6 +223,21 @@ async def test_input_returns_what_the_session_that_runs_the_cell_answers(house: 
     assert not any(m.session == onlooker.session for m in line.messages)
 
 
+async def test_output_goes_on_behind_an_answer_on_another_channel(house: House):
+    await house.start_kernel()
+    line = house.line()
+    line.subscribe("k1")
+    client = line.client("k1")
+    client.execute("for i in range(100_000_000): print(i, flush=True)")
+    await line.wait_for(lambda m: m.msg_type == "stream")
+
+    for _ in range(20):
+        msg_id = client.send("control", "kernel_info_request", {})
+        await client.reply_to(msg_id)
+        seen = line.messages[-1].seq
+        await line.wait_for(lambda m, seen=seen: m.msg_type == "stream" and m.seq > seen + 20)
+
+
 async def test_buffers_and_unusual_session_ids_travel_unharmed(house: House):
     await house.start_kernel()
     line = house.line()

@@ -292,6 +292,7 @@ class Relay:
         if urgency is Urgency.NOW or (urgency is Urgency.SOON and is_first):
             self._held_back.pop(kernel, None)
             self._with_output.add(kernel)
+            kernel.wake()  # which `_release` no longer does
             return
         if urgency is Urgency.SOON:
             kernel.rest()
