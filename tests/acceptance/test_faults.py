@@ -303,7 +303,7 @@ def test_a_cell_whose_end_no_relay_heard_is_ended_and_those_behind_it_are_answer
     relay = scene.pid("sorna_agent.relay")
 
     unheard = scene.near.execute("import time; time.sleep(1)")
-    heard = [scene.near.execute(code) for code in ("time.sleep(3); 'heard'", "1", "2", "3")]
+    heard = [scene.near.execute(code) for code in ("time.sleep(8); 'heard'", "1", "2", "3")]
     wait_until(lambda: scene.near.has_seen("status", unheard), "the cell begins")
     os.kill(agent, signal.SIGSTOP)  # else there is another relay too soon
     os.kill(relay, signal.SIGKILL)
